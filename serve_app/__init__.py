@@ -1,0 +1,1 @@
+"""Ivysaur behind an OpenAI-compatible API, on Ray Serve."""

@@ -1,0 +1,180 @@
+"""`python -m serve_app serve_config.yaml`: `serve run` on this machine, with the checks and the closing line it lacks.
+
+What goes wrong at a start is said in one sentence with exit status 1: a setting, a port, a cluster that already runs.
+The service itself is exactly that of `serve run serve_config.yaml`.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from serve_app.settings import Settings
+
+IMPORT_PATH = "serve_app.deployments:build"
+POLL_PERIOD_S = 0.25
+# How often a start that takes long says what it waits for.
+NOTICE_PERIOD_S = 20.0
+# After this long a stop is no longer asked for, but forced.
+STOP_TIMEOUT_S = 30.0
+# For the node that `serve run` starts. Ray starts workers at niceness 15, which costs a service that owns its machine
+# a fifth of its throughput; and a service that is being tried out has no reason to report its use.
+NODE_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def main() -> int:
+    """Check, run until stopped, and leave nothing running; returns the exit status."""
+    config = Path(sys.argv[1] if len(sys.argv) > 1 else "serve_config.yaml")
+    try:
+        host, port = check(config)
+    except ValueError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
+    # A session of its own: a Ctrl-C then reaches this process alone, which passes it on once.
+    child = subprocess.Popen(command, env=NODE_ENVIRONMENT | os.environ, start_new_session=True)
+    stopping: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: stopping.append(received))
+    try:
+        watch(child, url, stopping)
+    finally:
+        stop(child)
+    return 0 if stopping else 1
+
+
+def check(config: Path) -> tuple[str, int]:
+    """The host and port to be served; raises ValueError with one sentence on what is in the way of a start."""
+    try:
+        document = yaml.safe_load(config.read_text())
+        applications = [app for app in document["applications"] if app["import_path"] == IMPORT_PATH]
+    except OSError as error:
+        raise ValueError(f"{config} can't be read: {error.strerror}.") from None
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} is not a Serve config file: {' '.join(str(error).split())}.") from None
+    for application in applications:
+        _check_settings(config, application)
+    options = document.get("http_options") or {}
+    host, port = options.get("host", "0.0.0.0"), options.get("port", 8000)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} on {host} can't be used ({error.strerror}): stop what holds it, or set http_options.port "
+                f"in {config}."
+            ) from None
+    if "RAY_ADDRESS" not in os.environ and (address := running_cluster()):
+        raise ValueError(
+            f"a Ray cluster already runs on this machine ({address}): stop it with `ray stop`, or deploy to it with "
+            f"`serve deploy {config}`."
+        )
+    return host, port
+
+
+def _check_settings(config: Path, application: dict[str, Any]) -> None:
+    try:
+        settings = Settings.model_validate(application.get("args") or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{config}: args.{place}: {first['msg']}, not {first['input']!r}.") from None
+    known = {"Ingress"} | {f"{kind}-{model.slug}" for model in settings.models for kind in ("Tokenizer", "Model")}
+    for deployment in application.get("deployments") or []:
+        if deployment.get("name") not in known:
+            raise ValueError(
+                f"{config}: no deployment is called {deployment.get('name')!r}; the models make {', '.join(sorted(known))}."
+            )
+    if settings.keys_file:
+        from serve_app.keys import Keys
+
+        Keys(Path(settings.keys_file))
+
+
+def running_cluster() -> str | None:
+    """The address of a Ray cluster that `serve run` on this machine would join instead of starting one."""
+    try:
+        address = Path("/tmp/ray/ray_current_cluster").read_text().strip()
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=1):
+            return address
+    except (OSError, ValueError):
+        return None
+
+
+def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None:
+    """Wait until the service can embed, say so once, then wait for a signal or the child's end."""
+    started = noticed = time.monotonic()
+    ready = False
+    while not stopping and child.poll() is None:
+        time.sleep(POLL_PERIOD_S)
+        if ready:
+            continue
+        status, state = _get(f"{url}/readyz")
+        if status == 200:
+            ready = True
+            _, models = _get(f"{url}/v1/models")
+            for line in ready_lines(url, state, models):
+                print(f"{line} ({time.monotonic() - started:.1f} s)", flush=True)
+        elif time.monotonic() - noticed > NOTICE_PERIOD_S:
+            noticed = time.monotonic()
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in state.get("models", {}).items())
+            print(f"serve: not ready after {noticed - started:.0f} s: {reasons or 'starting'}", flush=True)
+    if not stopping:
+        print(f"serve: `serve run` ended with status {child.returncode}", file=sys.stderr)
+
+
+def ready_lines(url: str, state: dict[str, Any], models: dict[str, Any]) -> list[str]:
+    """What is served where, a line a model; and a line for each configured model that is not."""
+    lines = [
+        f"READY {url}/v1 serves {model['id']} on {model['engine']} {model['precision']} ({model['device']}), weights "
+        f"from {model['origin']}"
+        for model in models.get("data", [])
+    ] or [f"READY {url}/v1 (what it serves needs a key to be listed)"]
+    return lines + [f"NOT READY {name}: {reason}" for name, reason in state["models"].items() if reason != "ready"]
+
+
+def _get(url: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON body; (0, {}) while nothing, or nothing of ours, answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        try:
+            return error.code, json.load(error)
+        except ValueError:
+            return error.code, {}
+    except (OSError, ValueError):
+        return 0, {}
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """Have `serve run` shut its cluster down, as its own Ctrl-C does, and force what does not end in time."""
+    if child.poll() is None:
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            print(f"serve: no clean stop within {STOP_TIMEOUT_S:.0f} s, ending it now", file=sys.stderr)
+    # Whatever of its session is left, Ray's processes included.
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The HTTP face: routes, keys, limits on bodies, and the one table from error class to OpenAI's error object.
+
+It receives the models as a `Catalog` of pipelines and knows nothing of Ray.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi_swagger import patch_fastapi
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app import openapi, wire
+from serve_app.errors import (
+    DeadlineExceeded,
+    EmbeddingError,
+    InvalidInput,
+    ModelNotFound,
+    ModelUnavailable,
+    Overloaded,
+    TooManyTokens,
+    Unauthenticated,
+)
+from serve_app.keys import Keys
+from serve_app.pipeline import Catalog, Served
+from serve_app.settings import Settings
+
+logger = logging.getLogger("ray.serve")
+
+# Error class -> (status, OpenAI's type, OpenAI's code); the nearest base class counts. Statuses and words are those that
+# OpenAI itself sends, as recorded from real answers, since clients decide by them whether to retry.
+ERRORS: Mapping[type[EmbeddingError], tuple[int, str, str | None]] = {
+    EmbeddingError: (500, "server_error", None),
+    InvalidInput: (400, "invalid_request_error", None),
+    TooManyTokens: (400, "max_tokens_per_request", "max_tokens_per_request"),
+    Unauthenticated: (401, "invalid_request_error", None),
+    ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    ModelUnavailable: (503, "service_unavailable_error", "model_not_ready"),
+    Overloaded: (429, "rate_limit_error", "slow_down"),
+    DeadlineExceeded: (504, "server_error", "deadline_exceeded"),
+}
+# Seconds after which a client should ask again for a model that is loading.
+LOADING_RETRY_AFTER_S = 2
+# Time that `/readyz` gives one short text to come back.
+READY_TIMEOUT_S = 5.0
+
+
+def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIApp:
+    """The ASGI application in front of the catalog's models; open to all where `keys` is None."""
+    app = FastAPI(
+        title="Ivysaur embeddings",
+        description="Sentence embeddings behind OpenAI's API.",
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    for kind, handler in ((EmbeddingError, _on_embedding_error), (HTTPException, _on_http_error)):
+        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # Starlette types handlers by Exception
+    app.add_exception_handler(Exception, _on_fault)
+
+    async def embeddings(request: Request) -> Response:
+        arrived = time.monotonic()
+        _authenticate(request, keys)
+        asked = wire.parse(await _read_body(request, settings.max_body_bytes), settings.max_inputs)
+        pipeline = catalog.find(asked.model)
+        try:
+            async with asyncio.timeout(settings.request_timeout_s):
+                answer = await pipeline.embed(
+                    asked.inputs, arrived + settings.request_timeout_s, asked.refuse_truncation
+                )
+        except TimeoutError:
+            raise DeadlineExceeded(f"No answer within the limit of {settings.request_timeout_s:g} s.") from None
+        served = pipeline.served
+        assert served is not None, "an answer came from a model that was never described. This is a bug."
+        vectors = wire.cut(answer.vectors, asked.dimensions, served.normalize)
+        body = wire.render(vectors, asked.model, answer.tokens, asked.encoding)
+        headers = {
+            "openai-processing-ms": str(round((time.monotonic() - arrived) * 1e3)),
+            "server-timing": f"tokenize;dur={answer.tokenize_ms:.2f}, queue;dur={answer.queue_ms:.2f}, "
+            f"infer;dur={answer.infer_ms:.2f}",
+            "x-model-fingerprint": answer.fingerprint,
+            "x-truncated-inputs": str(answer.truncated),
+        }
+        return Response(body, media_type="application/json", headers=headers)
+
+    async def models(request: Request) -> Response:
+        _authenticate(request, keys)
+        return _json({"object": "list", "data": [_model(name, served) for name, _, served in catalog.served()]})
+
+    async def model(request: Request) -> Response:
+        _authenticate(request, keys)
+        name = request.path_params["id"]
+        served = catalog.find(name).served
+        assert served is not None, "the catalog found a model that was never described. This is a bug."
+        return _json(_model(name, served))
+
+    async def healthz(request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def readyz(request: Request) -> Response:
+        async def state(pipeline: Any) -> str:
+            try:
+                async with asyncio.timeout(READY_TIMEOUT_S):
+                    await pipeline.embed(["ready?"], time.monotonic() + READY_TIMEOUT_S)
+            except TimeoutError:
+                return f"no answer within {READY_TIMEOUT_S:g} s"
+            except EmbeddingError as error:
+                return str(error)
+            return "ready"
+
+        states = await asyncio.gather(*(state(pipeline) for pipeline in catalog.pipelines))
+        named = {p.settings.id: shown for p, shown in zip(catalog.pipelines, states, strict=True)}
+        ready = "ready" in states
+        # One model that can embed makes the service worth sending requests to; the others are named with their reason.
+        return _json({"status": "ready" if ready else "not ready", "models": named}, 200 if ready else 503)
+
+    for prefix, shown in (("/v1", True), ("", False)):  # clients whose base URL lacks /v1 work as well
+        routes = (
+            ("/embeddings", embeddings, "POST", openapi.embeddings(settings.max_inputs)),
+            ("/models", models, "GET", openapi.models()),
+            ("/models/{id:path}", model, "GET", openapi.model()),
+        )
+        for path, endpoint, method, described in routes:
+            app.add_api_route(
+                prefix + path, endpoint, methods=[method], openapi_extra=described, include_in_schema=shown
+            )
+    app.add_api_route("/healthz", healthz, openapi_extra=openapi.probe("Is the process alive?", can_fail=False))
+    app.add_api_route("/readyz", readyz, openapi_extra=openapi.probe("Can it embed now?", can_fail=True))
+    # Swagger's page, and a redirect to it from `/`, with its scripts from a package, so that a cluster without internet shows it as well.
+    patch_fastapi(app, docs_url="/docs")
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # a browser's OpenAI client sends Authorization and a dozen x-stainless-* headers
+            expose_headers=["x-request-id", "x-model-fingerprint", "x-truncated-inputs", "openai-processing-ms"],
+        )
+    return _CanonicalPath(app)
+
+
+def _authenticate(request: Request, keys: Keys | None) -> None:
+    if keys is not None:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        keys.name_of(key.strip() if scheme.lower() == "bearer" else None)
+
+
+async def _read_body(request: Request, limit_bytes: int) -> bytes:
+    """The body, refused by its declared length before any of it is read, else as soon as it passes the limit."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, f"Unsupported content type: {kind[:80]!r}. Send 'application/json'.")
+    declared = request.headers.get("content-length", "")
+    size_bytes = int(declared) if declared.isdecimal() else 0
+    chunks: list[bytes] = []
+    if size_bytes <= limit_bytes:
+        size_bytes = 0
+        async for chunk in request.stream():
+            size_bytes += len(chunk)
+            if size_bytes > limit_bytes:
+                break
+            chunks.append(chunk)
+    if size_bytes > limit_bytes:
+        raise HTTPException(413, f"The body is over the limit of {limit_bytes} bytes: it has at least {size_bytes}.")
+    return b"".join(chunks)
+
+
+def _model(name: str, served: Served) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": name.partition("/")[0],
+        "origin": served.origin,
+        "engine": served.engine,
+        "precision": served.precision,
+        "device": served.device,
+        "dimensions": served.dimensions,
+        "max_tokens": served.max_tokens,
+        "fingerprint": served.fingerprint,
+    }
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def _error(status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> Response:
+    return Response(wire.render_error(message, kind, param, code), status, media_type="application/json")
+
+
+async def _on_embedding_error(request: Request, error: EmbeddingError) -> Response:
+    status, kind, code = next(ERRORS[base] for base in type(error).__mro__ if base in ERRORS)
+    if status == 500:
+        # What happened inside is for the log; the client learns that it may try again.
+        logger.error(f"{type(error).__name__}: {error}")
+        return _error(500, "The server had an error while processing your request. Try again.", kind)
+    if isinstance(error, Unauthenticated) and error.key_was_sent:
+        code = "invalid_api_key"
+    response = _error(status, str(error), kind, getattr(error, "param", None), code)
+    if isinstance(error, Overloaded):
+        # OpenAI's clients wait at most 60 s, and some not at all for a fraction of a second.
+        response.headers["retry-after"] = str(min(60, max(1, round(error.retry_after_s))))
+    if isinstance(error, ModelUnavailable):
+        response.headers["retry-after"] = str(LOADING_RETRY_AFTER_S)
+    if status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    codes = {404: "unknown_url", 405: "method_not_supported", 413: "request_too_large", 415: "unsupported_content_type"}
+    message = error.detail
+    if error.status_code == 404:
+        message = f"Invalid URL ({request.method} {request.url.path[:200]})"
+    elif error.status_code == 405:
+        message = f"Not allowed to {request.method} on {request.url.path[:200]}"
+    response = _error(error.status_code, message, "invalid_request_error", code=codes.get(error.status_code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    # Starlette raises the error again after this answer, so that it reaches the log with its traceback.
+    return _error(500, "The server had an error while processing your request. Try again.", "server_error")
+
+
+class _CanonicalPath:
+    """Forgives what users type as a base URL: a doubled slash, a slash at the end, `/v1` given twice."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = canonical(scope["path"])
+        await self._app(scope, receive, send)
+
+
+def canonical(path: str) -> str:
+    """The path without doubled slashes, a trailing slash or a doubled `/v1`.
+
+    >>> canonical("/v1//v1/embeddings/")
+    '/v1/embeddings'
+    """
+    path = re.sub(r"/{2,}", "/", path)
+    if len(path) > 1:
+        path = path.rstrip("/")
+    return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path

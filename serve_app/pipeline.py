@@ -1,0 +1,230 @@
+"""One request's way from inputs to vectors: tokenize, infer, and back; what the ingress does besides HTTP.
+
+A pipeline serves one model through two remote stages, which it is given as plain async functions. Requests that arrive
+while calls are in flight leave together in the next call, and a long list is cut into calls of a budget's size, so that
+every replica can work on it and no short text waits behind all of it.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from serve_app.errors import InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
+from serve_app.packing import ClientIds, Float32, Frame, Packed, Tokenized, accept_ids, concat, cuts, join, split
+from serve_app.scheduler import Entry, Scheduler
+from serve_app.settings import ModelSettings
+
+T = TypeVar("T")
+
+# Characters of text in one call to a tokenizer: about 10 ms of its work.
+CALL_CHARACTERS = 32_768
+# Calls in flight from one ingress to each stage. Two keep a replica busy while the next call is on its way; more would
+# only spread what could leave together.
+CALLS_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What a model replica answers: vectors float32 [B, D], by which weights and engine, and its own time."""
+
+    vectors: Float32
+    fingerprint: str
+    infer_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a model's replicas say of themselves: the model that is really there, and how it is computed."""
+
+    id: str
+    created: int  # Unix time in seconds
+    origin: str
+    engine: str
+    precision: str
+    device: str
+    dimensions: int
+    normalize: bool
+    max_tokens: int
+    fingerprint: str
+    tokenizer_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Vectors in the order of the inputs, with all that the response says of them; times in milliseconds."""
+
+    vectors: Float32
+    tokens: int
+    truncated: int
+    fingerprint: str
+    tokenize_ms: float
+    queue_ms: float
+    infer_ms: float
+
+
+class Stages(Protocol):
+    """The remote stages of one model; each raises an EmbeddingError, and never waits past its deadline."""
+
+    async def describe(self, deadline: float) -> tuple[Served, Frame]: ...
+
+    async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized: ...
+
+    async def infer(self, packed: Packed, deadline: float) -> Embedded: ...
+
+
+class Pipeline:
+    """Embeds inputs with one model."""
+
+    def __init__(self, settings: ModelSettings, stages: Stages, max_request_tokens: int) -> None:
+        self.settings = settings
+        # What the replicas said last; both are set by `discover` alone.
+        self.served: Served | None = None
+        self._frame: Frame | None = None
+        self._stages = stages
+        self._max_request_tokens = max_request_tokens
+        self._tokenizing: Scheduler[Sequence[str], Tokenized] = Scheduler(
+            self._tokenize_together, CALL_CHARACTERS, CALLS_IN_FLIGHT
+        )
+        self._inferring: Scheduler[Packed, Embedded] = Scheduler(
+            self._infer_together, settings.batch_tokens, CALLS_IN_FLIGHT
+        )
+
+    async def discover(self, deadline: float) -> Served:
+        """Ask the replicas what they serve; raises ModelUnavailable while none can say."""
+        self.served, self._frame = await self._stages.describe(deadline)
+        return self.served
+
+    async def embed(self, inputs: Sequence[str] | ClientIds, deadline: float, refuse_truncation: bool = False) -> Answer:
+        """Vectors of the inputs, in their order; `deadline` in `time.monotonic()` seconds.
+
+        Raises InvalidInput for what this model can't take, TooManyTokens, DeadlineExceeded, or the stages' own faults.
+        """
+        served = self.served or await self.discover(deadline)
+        assert self._frame is not None, "a model was described without its frame. This is a bug."
+        frame = self._frame
+        started = time.perf_counter()
+        if isinstance(inputs, ClientIds):
+            tokenized = accept_ids(inputs, frame)
+        else:
+            tokenized = await self._tokenize(inputs, deadline)
+        self._hold_limits(tokenized, frame, refuse_truncation)
+        tokenize_ms = (time.perf_counter() - started) * 1e3
+        started = time.perf_counter()
+        parts = await self._infer(tokenized.packed, deadline)
+        # The longest of the parts: those of one request run side by side.
+        infer_ms = max(part.infer_ms for part in parts)
+        if parts[0].fingerprint != served.fingerprint:  # replicas were replaced; say what is there now
+            await self.discover(deadline)
+        return Answer(
+            vectors=parts[0].vectors if len(parts) == 1 else np.concatenate([part.vectors for part in parts]),
+            tokens=tokenized.packed.tokens,
+            truncated=tokenized.truncated,
+            fingerprint=parts[0].fingerprint,
+            tokenize_ms=tokenize_ms,
+            queue_ms=max(0.0, (time.perf_counter() - started) * 1e3 - infer_ms),
+            infer_ms=infer_ms,
+        )
+
+    def _hold_limits(self, tokenized: Tokenized, frame: Frame, refuse_truncation: bool) -> None:
+        if refuse_truncation and tokenized.truncated:
+            row = int(np.argmax(tokenized.full_lengths > tokenized.packed.lengths))
+            raise InvalidInput(
+                f"This model's maximum context length is {frame.max_tokens} tokens, however input {row} has at least "
+                f"{int(tokenized.full_lengths[row])}. Shorten it, or leave out 'truncate' to have it cut.",
+                "input",
+            )
+        if tokenized.packed.tokens > self._max_request_tokens:
+            raise TooManyTokens(
+                f"Requested {tokenized.packed.tokens} tokens, max {self._max_request_tokens} tokens per request", "input"
+            )
+
+    async def _tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
+        sizes = list(map(len, texts))
+        edges = cuts(sizes, CALL_CHARACTERS)
+        jobs = [
+            self._tokenizing.submit(texts[start:stop], sum(sizes[start:stop]), deadline)
+            for start, stop in zip(edges, edges[1:], strict=False)
+        ]
+        return join(await _all(jobs))
+
+    async def _infer(self, packed: Packed, deadline: float) -> list[Embedded]:
+        pieces = split(packed, self.settings.batch_tokens)
+        return await _all([self._inferring.submit(piece, piece.tokens, deadline) for piece in pieces])
+
+    async def _tokenize_together(self, entries: Sequence[Entry[Sequence[str], Tokenized]]) -> list[Tokenized]:
+        texts = [text for entry in entries for text in entry.job]
+        whole = await self._stages.tokenize(texts, max(entry.deadline for entry in entries))
+        token_ends = np.cumsum(whole.packed.lengths)
+        answers, row, token = [], 0, 0
+        for entry in entries:
+            stop = row + len(entry.job)
+            token_stop = int(token_ends[stop - 1])
+            packed = Packed(whole.packed.ids[token:token_stop], whole.packed.lengths[row:stop])
+            answers.append(Tokenized(packed, whole.full_lengths[row:stop]))
+            row, token = stop, token_stop
+        return answers
+
+    async def _infer_together(self, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
+        whole = await self._stages.infer(
+            concat([entry.job for entry in entries]), max(entry.deadline for entry in entries)
+        )
+        ends = np.cumsum([entry.job.rows for entry in entries])
+        return [
+            Embedded(whole.vectors[end - entry.job.rows : end], whole.fingerprint, whole.infer_ms)
+            for entry, end in zip(entries, ends.tolist(), strict=True)
+        ]
+
+
+async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:
+    """Await all; on the first failure the others are cancelled, so that nothing computes what nobody will read."""
+    if len(jobs) == 1:
+        return [await jobs[0]]
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
+
+
+class Catalog:
+    """The configured models by every name they answer to; tells the truth about what is really served."""
+
+    def __init__(self, pipelines: Sequence[Pipeline]) -> None:
+        self.pipelines = pipelines
+        self._configured = {
+            name: pipeline for pipeline in pipelines for name in (pipeline.settings.id, *pipeline.settings.aliases)
+        }
+
+    def served(self) -> list[tuple[str, Pipeline, Served]]:
+        """Every name that answers now, with what stands behind it."""
+        names: list[tuple[str, Pipeline, Served]] = []
+        for pipeline in self.pipelines:
+            if served := pipeline.served:
+                aliases = pipeline.settings.aliases if served.id == pipeline.settings.id else ()
+                names += [(name, pipeline, served) for name in (served.id, *aliases)]
+        return names
+
+    def find(self, name: str) -> Pipeline:
+        """The pipeline behind a name; raises ModelNotFound, or ModelUnavailable while it can't say what it serves."""
+        configured = self._configured.get(name)
+        if configured and configured.served and configured.served.id == configured.settings.id:
+            return configured
+        for served_name, pipeline, _ in self.served():
+            if served_name == name:
+                return pipeline
+        if configured is None:
+            known = ", ".join(f"`{known}`" for known, _, _ in self.served()) or "none yet"
+            raise ModelNotFound(f"The model `{name[:200]}` does not exist here. Models that are served: {known}.")
+        if configured.served is None:
+            raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
+        raise ModelNotFound(
+            f"The model `{name}` is not served here: its weights were not found, and `{configured.served.id}` was loaded "
+            f"in its place ({configured.served.origin}). Ask for that name, or give the service the weights of "
+            f"`{configured.settings.id}` (setting `sources`)."
+        )

@@ -1,0 +1,122 @@
+"""A work-conserving queue in front of a worker: whatever waits leaves as one batch the moment the worker is free.
+
+Nothing waits for a batch to fill and nothing waits while the worker is idle, so batches are as small as the load allows
+and as large as it demands. One class serves twice: in front of the engine (one batch at a time), and in the ingress in
+front of the calls to other deployments (several in flight).
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from serve_app.errors import DeadlineExceeded
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True, eq=False)
+class Entry(Generic[Job, Result]):
+    """One job that waits: `cost` in the budget's unit, `arrived` and `deadline` in `time.monotonic()` seconds."""
+
+    job: Job
+    cost: int
+    arrived: float
+    deadline: float
+    answer: asyncio.Future[Result] = field(repr=False)
+
+
+class Scheduler(Generic[Job, Result]):
+    """Batches jobs for `run`, which answers every entry of a batch with a result each, in order, or raises for all.
+
+    Every job submitted is answered exactly once: with its result, with the batch's error, or, if it could not start
+    in time, with DeadlineExceeded. A job whose caller went away before its batch began is never run.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Entry[Job, Result]]], Awaitable[Sequence[Result]]],
+        budget: int,
+        concurrency: int = 1,
+    ) -> None:
+        """`budget`: most cost in one batch; `concurrency`: batches that may run at once."""
+        self.budget = budget
+        self._run = run
+        self._concurrency = concurrency
+        # The whole state. Only code on the event loop's thread touches it, and never across an await.
+        self._waiting: deque[Entry[Job, Result]] = deque()
+        self._running: dict[asyncio.Task[None], float] = {}  # a batch -> when it began
+        self._dispatch_is_due = False
+
+    def __repr__(self) -> str:
+        return f"<Scheduler waiting={len(self._waiting)} running={len(self._running)}>"
+
+    @property
+    def waiting_cost(self) -> int:
+        """Cost of the jobs that wait for a batch."""
+        return sum(entry.cost for entry in self._waiting)
+
+    @property
+    def running_s(self) -> float:
+        """How long the oldest batch has been running; 0.0 while the worker is idle."""
+        return time.monotonic() - min(self._running.values()) if self._running else 0.0
+
+    async def submit(self, job: Job, cost: int, deadline: float) -> Result:
+        """Queue a job and wait for its answer; cancel this call to withdraw the job."""
+        loop = asyncio.get_running_loop()
+        entry: Entry[Job, Result] = Entry(job, cost, time.monotonic(), deadline, loop.create_future())
+        self._waiting.append(entry)
+        self._dispatch_soon(loop)
+        return await entry.answer
+
+    def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.
+        if not self._dispatch_is_due:
+            self._dispatch_is_due = True
+            loop.call_soon(self._dispatch, loop)
+
+    def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._dispatch_is_due = False
+        while len(self._running) < self._concurrency and (batch := self._take()):
+            # The dictionary also holds the only strong reference to the task while it runs.
+            self._running[loop.create_task(self._run_batch(batch))] = time.monotonic()
+
+    def _take(self) -> list[Entry[Job, Result]]:
+        """The next batch: oldest first, up to the budget or one job; empty if nobody waits for anything."""
+        now = time.monotonic()
+        batch: list[Entry[Job, Result]] = []
+        spent = 0
+        while self._waiting and (not batch or spent + self._waiting[0].cost <= self.budget):
+            entry = self._waiting.popleft()
+            if entry.answer.done():  # the caller went away
+                continue
+            if entry.deadline <= now:
+                entry.answer.set_exception(DeadlineExceeded(f"waited {now - entry.arrived:.1f} s for a free worker"))
+                continue
+            batch.append(entry)
+            spent += entry.cost
+        return batch
+
+    async def _run_batch(self, batch: list[Entry[Job, Result]]) -> None:
+        # Everything is inside the try: an answer left unset would leave its caller waiting for ever.
+        try:
+            results = await self._run(batch)
+            for entry, result in zip(batch, results, strict=True):
+                if not entry.answer.done():
+                    entry.answer.set_result(result)
+        except BaseException as error:
+            # A cancelled batch is a failure to its callers, who were not cancelled themselves.
+            shown = DeadlineExceeded("the service is stopping") if isinstance(error, asyncio.CancelledError) else error
+            for entry in batch:
+                if not entry.answer.done():
+                    entry.answer.set_exception(shown)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            task = asyncio.current_task()
+            assert task is not None, "a batch runs as a task. This is a bug."
+            del self._running[task]
+            self._dispatch_soon(task.get_loop())

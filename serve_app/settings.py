@@ -1,0 +1,116 @@
+"""Every setting once: its unit in its name, its default, its range, and how to choose it.
+
+`serve_config.yaml` gives them as the application's `args`. How many replicas there are, and on which resources,
+is Serve's own business and stands in the `deployments` section of the same file.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ModelName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")]
+
+
+class Frozen(BaseModel):
+    """Settings do not change after they were checked, and a name that does not exist is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Frozen):
+    """One model: where its weights come from and how it is computed."""
+
+    id: ModelName = Field(
+        default="Mihaiii/Ivysaur",
+        description="The name that clients send, and the repository on the hub when `sources` names the hub.",
+    )
+    aliases: tuple[ModelName, ...] = Field(
+        default=(),
+        description="Further names for this model. They answer only while the model itself is served, never its "
+        "stand-in.",
+    )
+    sources: tuple[str, ...] = Field(
+        default=("hub",),
+        min_length=1,
+        description="Where to look for the weights, in order: `hub`, a folder's absolute path, or `embedded` (the "
+        "all-MiniLM-L6-v2 that a Python package carries, served under its own name). On a cluster name one source, so "
+        "that a fault is loud.",
+    )
+    revision: str = Field(
+        default="main",
+        description="The hub's commit, tag or branch. Pin a commit in production, or two replicas may load two models.",
+    )
+    engine: Literal["auto", "openvino", "torch"] = Field(
+        default="auto", description="`auto` takes torch where the replica has a CUDA device, else OpenVINO, else torch."
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="`auto` takes bfloat16 where the processor computes in it, else float16 on a GPU, else float32.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=3,
+        description="Tokens of a text that count; what is longer is cut, and a header says so. Unset, the model's own "
+        "limit; never over its position embeddings.",
+    )
+    normalize: bool | None = Field(
+        default=None, description="Scale vectors to length 1, as OpenAI's are. Unset, yes whatever the folder says."
+    )
+    batch_tokens: int = Field(
+        default=2048,
+        ge=64,
+        le=1 << 20,
+        description="Most tokens that the engine takes at a time, and most that one call carries. Larger feeds a GPU "
+        "better (65,536), smaller keeps a short text from waiting behind a long list (2,048 on a CPU is 0.1 s).",
+    )
+
+    @property
+    def slug(self) -> str:
+        """The last part of the id, which names this model's deployments: `Tokenizer-Ivysaur`, `Model-Ivysaur`."""
+        return self.id.rsplit("/", 1)[-1]
+
+
+class Settings(Frozen):
+    """The whole service."""
+
+    models: tuple[ModelSettings, ...] = Field(
+        default=(ModelSettings(),),
+        min_length=1,
+        description="The models to serve; each gets a Tokenizer and a Model deployment of its own.",
+    )
+    max_inputs: int = Field(default=2048, ge=1, description="Most inputs in one request; OpenAI's limit is 2,048.")
+    max_request_tokens: int = Field(
+        default=300_000, ge=1, description="Most tokens in one request, all inputs together; OpenAI's limit is 300,000."
+    )
+    max_body_bytes: int = Field(
+        default=16 << 20,
+        ge=1024,
+        description="Largest request body. 300,000 tokens of English are about 1.5 MB, so 16 MiB refuses only mistakes.",
+    )
+    request_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="After this long a request is given up, wherever it is. OpenAI's clients wait 600 s and retry; a "
+        "search box wants a second or two.",
+    )
+    keys_file: str | None = Field(
+        default=None,
+        description="File of key hashes that `python -m serve_app.keys` writes. Unset, the service is open to all.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Web pages' origins that may call from a browser, such as `https://app.example.com`; `*` is any.",
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "Settings":
+        names = [name for model in self.models for name in (model.id, *model.aliases)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"models: the name {twice[0]!r} stands for two models; give each id and alias once")
+        slugs = [model.slug for model in self.models]
+        same = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+        if same:
+            raise ValueError(f"models: two ids end in {same[0]!r}, which names their deployments; rename one")
+        return self

@@ -1,0 +1,66 @@
+"""Stages that one can compute by hand: a text's tokens are its characters' codes, a vector holds sum and count of ids."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from serve_app.errors import EmbeddingError
+from serve_app.packing import Frame, Packed, Tokenized, enclose
+from serve_app.pipeline import Embedded, Served
+
+FRAME = Frame(start_id=101, end_id=102, vocabulary=1000, max_tokens=16)
+
+
+def served(model: str = "Mihaiii/Ivysaur") -> Served:
+    return Served(
+        id=model,
+        created=1_700_000_000,
+        origin="hand",
+        engine="hand",
+        precision="float32",
+        device="cpu",
+        dimensions=4,
+        normalize=True,
+        max_tokens=FRAME.max_tokens,
+        fingerprint="f1ve",
+        tokenizer_digest="t0k",
+    )
+
+
+def vector(text: str) -> list[float]:
+    """The vector of one text, by hand."""
+    ids = [101, *map(ord, text[: FRAME.max_tokens - 2]), 102]
+    raw = np.array([sum(ids), len(ids), 0, 1], np.float32)
+    return (raw / np.linalg.norm(raw)).tolist()
+
+
+class HandStages:
+    """Counts its calls; raises `failure` where one is set."""
+
+    def __init__(self, model: str = "Mihaiii/Ivysaur") -> None:
+        self.model = model
+        self.failure: EmbeddingError | None = None
+        self.texts_by_call: list[int] = []
+        self.tokens_by_call: list[int] = []
+
+    async def describe(self, deadline: float) -> tuple[Served, Frame]:
+        if self.failure is not None:
+            raise self.failure
+        return served(self.model), FRAME
+
+    async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
+        self.texts_by_call.append(len(texts))
+        lengths = np.array([len(text) for text in texts], np.int32)
+        return enclose(np.array([ord(c) for text in texts for c in text], np.int64), lengths, FRAME)
+
+    async def infer(self, packed: Packed, deadline: float) -> Embedded:
+        if self.failure is not None:
+            raise self.failure
+        self.tokens_by_call.append(packed.tokens)
+        ends = np.cumsum(packed.lengths)
+        sums = [
+            packed.ids[end - length : end].sum() for end, length in zip(ends, packed.lengths.tolist(), strict=True)
+        ]
+        raw = np.stack([sums, packed.lengths, np.zeros(packed.rows), np.ones(packed.rows)], axis=1)
+        vectors = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
+        return Embedded(vectors, "f1ve", 1.0)

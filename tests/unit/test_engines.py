@@ -1,0 +1,143 @@
+"""Engines against the definition: parity, batching that changes nothing, order, pooling, and a self-test that can fail."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serve_app import engines
+from serve_app.engines import bert, choose, open_engine, self_test
+from serve_app.engines.bert import Bert, reference
+from serve_app.engines.openvino import OpenVinoEngine, settle
+from serve_app.errors import EngineError
+from serve_app.packing import Float32, Packed, concat
+from tests.model import FOLDER
+
+
+@pytest.fixture(scope="module")
+def network() -> Bert:
+    return bert.load(FOLDER, "mean", normalize=True)
+
+
+def sequences(*lengths: int, seed: int = 0) -> Packed:
+    ids = np.random.default_rng(seed).integers(1000, 30_000, sum(lengths)).astype(np.int32)
+    return Packed(ids, np.array(lengths, np.int32))
+
+
+def cosines(got: Float32, want: Float32) -> Float32:
+    assert got.shape == want.shape and got.dtype == np.float32
+    return (got * want).sum(1) / (np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1))
+
+
+@pytest.mark.parametrize(("precision", "bar"), [("float32", 0.999999), ("auto", 0.9995)])
+@pytest.mark.parametrize("lengths", [(1,), (9,), (512,), (11,) * 32, (3, 200, 1, 64, 5, 511, 9, 33, 2, 2)])
+def test_openvino_agrees_with_the_reference(network: Bert, precision: str, bar: float, lengths: tuple[int]) -> None:
+    packed = sequences(*lengths)
+    assert cosines(OpenVinoEngine(network, precision, 2).embed(packed), reference(network, packed)).min() >= bar
+
+
+def test_a_text_has_the_same_vector_alone_and_in_any_batch(network: Bert) -> None:
+    engine = OpenVinoEngine(network, "auto", 2)
+    parts = [sequences(length, seed=length) for length in (2, 7, 9, 30, 64, 65, 200, 512)]
+    alone = np.concatenate([engine.embed(part) for part in parts])
+    random = np.random.default_rng(1)
+    for _ in range(10):
+        order = random.permutation(len(parts) * 3) % len(parts)
+        together = engine.embed(concat([parts[row] for row in order]))
+        assert cosines(together, alone[order]).min() >= 0.9999
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_pooling_and_normalisation(pooling: bert.Pooling, normalize: bool) -> None:
+    network = bert.load(FOLDER, pooling, normalize)
+    packed = sequences(5, 17, 2)
+    got, want = OpenVinoEngine(network, "float32", 2).embed(packed), reference(network, packed)
+    assert np.allclose(got, want, atol=1e-4)
+    assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5) == normalize
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_bfloat16", "settled"),
+    [("auto", True, "bfloat16"), ("auto", False, "float32"), ("float32", True, "float32"), ("bfloat16", True, "bfloat16")],
+)
+def test_precision_on_a_cpu(asked: str, has_bfloat16: bool, settled: str) -> None:
+    assert settle(asked, has_bfloat16) == settled
+
+
+@pytest.mark.parametrize(("asked", "has_bfloat16"), [("bfloat16", False), ("float16", True)])
+def test_a_precision_that_the_processor_lacks_is_refused(asked: str, has_bfloat16: bool) -> None:
+    with pytest.raises(EngineError, match=f"precision '{asked}' is not available on this CPU"):
+        settle(asked, has_bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "cuda", "openvino", "chosen"),
+    [
+        ("auto", "auto", True, True, "torch"),
+        ("auto", "auto", False, True, "openvino"),
+        ("auto", "auto", False, False, "torch"),
+        ("auto", "float16", False, True, "torch"),
+        ("torch", "auto", False, True, "torch"),
+        ("openvino", "auto", True, True, "openvino"),
+    ],
+)
+def test_auto_picks_by_device_and_says_why(engine: str, precision: str, cuda: bool, openvino: bool, chosen: str) -> None:
+    backend, why = choose(engine, precision, cuda, openvino)
+    assert backend == chosen
+    assert why.startswith("auto: ") == (engine == "auto")
+
+
+class Wrong:
+    """An engine whose vectors a function of the reference's makes wrong."""
+
+    name, precision, device = "wrong", "float32", "cpu"
+
+    def __init__(self, network: Bert, spoil: object) -> None:
+        self._network, self._spoil = network, spoil
+
+    def embed(self, packed: Packed) -> Float32:
+        return self._spoil(reference(self._network, packed))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda v: v[::-1], "lowest cosine"),
+        (lambda v: v + np.float32(0.01), "lowest cosine"),
+        (lambda v: v * np.float32("nan"), "lowest cosine .* nan"),
+        (lambda v: v[:, :-1], "not float32"),
+        (lambda v: v.astype(np.float64), "not float32"),
+    ],
+)
+def test_an_engine_with_wrong_vectors_does_not_serve(network: Bert, spoil: object, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        self_test(Wrong(network, spoil), network)  # type: ignore[arg-type]
+
+
+def test_the_self_test_passes_a_right_engine(network: Bert) -> None:
+    assert self_test(Wrong(network, lambda v: v * np.float32(3)), network) == pytest.approx(1.0)  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_changes_with_weights_engine_and_precision(network: Bert) -> None:
+    engine = open_engine(network, "openvino", "float32", 1)
+    first = engines.fingerprint("digest", engine)
+    other = Wrong(network, None)
+    assert len(first) == 12
+    assert len({first, engines.fingerprint("digest2", engine), engines.fingerprint("digest", other)}) == 3  # type: ignore[arg-type]
+
+
+def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    from serve_app.errors import WeightsError
+
+    (tmp_path / "config.json").write_text((FOLDER / "config.json").read_text())
+    tensors = load_file(FOLDER / "model.safetensors")
+    norm = tensors.pop("embeddings.LayerNorm.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"no tensor 'embeddings.LayerNorm.weight'"):
+        bert.load(tmp_path, "mean", True)
+    save_file(tensors | {"embeddings.LayerNorm.weight": norm[:5]}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"is \(5,\), config.json says \(384,\)"):
+        bert.load(tmp_path, "mean", True)

@@ -1,0 +1,101 @@
+"""From inputs to vectors with stages computed by hand: order, coalescing, limits, and names that tell the truth."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
+from serve_app.packing import ClientIds
+from serve_app.pipeline import CALLS_IN_FLIGHT, Catalog, Pipeline
+from serve_app.settings import ModelSettings
+from tests.hand import HandStages, vector
+
+FAR = time.monotonic() + 3600
+
+
+def pipeline(stages: HandStages, max_request_tokens: int = 10_000, batch_tokens: int = 64) -> Pipeline:
+    return Pipeline(ModelSettings(batch_tokens=batch_tokens, aliases=("ivy",)), stages, max_request_tokens)
+
+
+async def test_vectors_come_in_the_order_of_the_inputs_across_many_calls() -> None:
+    stages = HandStages()
+    texts = ["x" * (1 + number % 14) + str(number % 7) for number in range(200)]
+    answer = await pipeline(stages).embed(texts, FAR)
+    assert np.allclose(answer.vectors, [vector(text) for text in texts])
+    assert answer.tokens == sum(min(len(text) + 2, 16) for text in texts)
+    assert len(stages.tokens_by_call) > 20 and max(stages.tokens_by_call) <= 64
+
+
+async def test_requests_that_arrive_while_calls_are_in_flight_leave_together() -> None:
+    stages = HandStages()
+    shared = pipeline(stages, batch_tokens=4096)
+    texts = [f"text {number}" for number in range(100)]
+    answers = await asyncio.gather(*(shared.embed([text], FAR) for text in texts))
+    assert np.allclose(np.concatenate([answer.vectors for answer in answers]), [vector(text) for text in texts])
+    assert len(stages.texts_by_call) <= 1 + CALLS_IN_FLIGHT
+    assert len(stages.tokens_by_call) <= 1 + CALLS_IN_FLIGHT
+
+
+async def test_token_ids_need_no_tokenizer() -> None:
+    stages = HandStages()
+    sent = ClientIds(np.array([101, 72, 105, 102, 72, 105]), np.array([4, 2], np.int32))
+    answer = await pipeline(stages).embed(sent, FAR)
+    assert np.allclose(answer.vectors, [vector("Hi")] * 2)
+    assert stages.texts_by_call == []
+
+
+async def test_cut_inputs_are_counted_or_refused() -> None:
+    texts = ["fits in", "x" * 14, "x" * 15, "far too long for sixteen tokens"]
+    assert (await pipeline(HandStages()).embed(texts, FAR)).truncated == 2
+    with pytest.raises(InvalidInput, match="maximum context length is 16 tokens, however input 2 has at least 17"):
+        await pipeline(HandStages()).embed(texts, FAR, refuse_truncation=True)
+    assert (await pipeline(HandStages()).embed(texts[:2], FAR, refuse_truncation=True)).truncated == 0
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(29, False), (30, True), (31, True)])
+async def test_the_limit_on_tokens_at_its_edges(limit: int, fits: bool) -> None:
+    embedding = pipeline(HandStages(), max_request_tokens=limit).embed(["abc"] * 6, FAR)
+    if fits:
+        assert (await embedding).tokens == 30
+    else:
+        with pytest.raises(TooManyTokens, match=f"Requested 30 tokens, max {limit}"):
+            await embedding
+
+
+async def test_a_failed_call_fails_its_requests_and_the_next_one_works() -> None:
+    stages = HandStages()
+    shared = pipeline(stages)
+    await shared.embed(["warm"], FAR)
+    stages.failure = EngineError("broken")
+    with pytest.raises(EngineError, match="broken"):
+        await shared.embed(["x" * 14] * 30, FAR)
+    stages.failure = None
+    assert np.allclose((await shared.embed(["again"], FAR)).vectors, [vector("again")])
+
+
+def catalog(*stages: HandStages) -> Catalog:
+    settings = [ModelSettings(aliases=("ivy",)), ModelSettings(id="other/model")]
+    return Catalog([Pipeline(model, stage, 1000) for model, stage in zip(settings, stages, strict=False)])
+
+
+async def test_every_name_finds_its_model_and_only_served_ones_are_listed() -> None:
+    models = catalog(HandStages(), HandStages("other/model"))
+    await models.pipelines[0].discover(FAR)
+    assert [name for name, _, _ in models.served()] == ["Mihaiii/Ivysaur", "ivy"]
+    assert models.find("ivy") is models.find("Mihaiii/Ivysaur") is models.pipelines[0]
+    with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
+        models.find("other/model")
+    with pytest.raises(ModelNotFound, match=r"`gpt` does not exist here. Models that are served: `Mihaiii/Ivysaur`, `ivy`"):
+        models.find("gpt")
+
+
+async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
+    models = catalog(HandStages("sentence-transformers/all-MiniLM-L6-v2"))
+    await models.pipelines[0].discover(FAR)
+    assert [name for name, _, _ in models.served()] == ["sentence-transformers/all-MiniLM-L6-v2"]
+    assert models.find("sentence-transformers/all-MiniLM-L6-v2") is models.pipelines[0]
+    for name in ("Mihaiii/Ivysaur", "ivy"):
+        with pytest.raises(ModelNotFound, match="all-MiniLM-L6-v2` was loaded in its place .* .setting `sources`"):
+            models.find(name)

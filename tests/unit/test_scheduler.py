@@ -1,0 +1,207 @@
+"""The queue's laws: nothing waits while the worker is idle, batches grow while it is busy, each job is answered once."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from serve_app.errors import DeadlineExceeded
+from serve_app.scheduler import Entry, Scheduler
+
+FAR = time.monotonic() + 3600
+
+
+class Worker:
+    """A worker that a test holds open: it records its batches and finishes one each time it is let to."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.began = asyncio.Semaphore(0)
+        self.may_finish = asyncio.Semaphore(0)
+        self.failure: BaseException | None = None
+
+    async def run(self, entries: Sequence[Entry[int, int]]) -> list[int]:
+        self.batches.append([entry.job for entry in entries])
+        self.began.release()
+        await self.may_finish.acquire()
+        if self.failure is not None:
+            raise self.failure
+        return [entry.job * 10 for entry in entries]
+
+    def let_finish(self, batches: int = 1) -> None:
+        for _ in range(batches):
+            self.may_finish.release()
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def submit(
+    scheduler: Scheduler[int, int], *jobs: int, cost: int = 1, deadline: float = FAR
+) -> list[asyncio.Task[int]]:
+    return [asyncio.create_task(scheduler.submit(job, cost, deadline)) for job in jobs]
+
+
+async def turns() -> None:
+    """Let everything that can run now run."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_job_starts_at_once_while_the_worker_is_idle(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100)
+    [task] = submit(scheduler, 1)
+    await turns()
+    assert worker.batches == [[1]]
+    worker.let_finish()
+    assert await task == 10
+    assert repr(scheduler) == "<Scheduler waiting=0 running=0>"
+
+
+async def test_jobs_of_one_turn_leave_together(worker: Worker) -> None:
+    tasks = submit(Scheduler(worker.run, budget=100), 1, 2, 3)
+    await worker.began.acquire()
+    worker.let_finish()
+    assert await asyncio.gather(*tasks) == [10, 20, 30]
+    assert worker.batches == [[1, 2, 3]]
+
+
+async def test_batches_grow_while_the_worker_is_busy_and_start_the_moment_it_is_free(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100)
+    tasks = submit(scheduler, 0)
+    await worker.began.acquire()
+    for job in range(1, 31):  # thirty turns of the loop, one arrival each: none may start, none may be left behind
+        tasks += submit(scheduler, job)
+        await turns()
+    assert worker.batches == [[0]]
+    assert repr(scheduler) == "<Scheduler waiting=30 running=1>"
+    worker.let_finish(2)
+    assert await asyncio.gather(*tasks) == [job * 10 for job in range(31)]
+    assert worker.batches == [[0], list(range(1, 31))]
+
+
+async def test_no_job_waits_while_the_worker_is_idle() -> None:
+    """Over a random load, every moment with a job waiting has the worker at work."""
+    idle_with_work = 0
+    running = 0
+
+    async def run(entries: Sequence[Entry[int, int]]) -> list[int]:
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.002)
+        running -= 1
+        return [entry.job for entry in entries]
+
+    scheduler = Scheduler(run, budget=7)
+    tasks: list[asyncio.Task[int]] = []
+    for job in range(400):
+        tasks += submit(scheduler, job, cost=1 + job % 9)
+        await asyncio.sleep(0.0005 if job % 5 else 0.003)
+        await turns()
+        idle_with_work += bool(scheduler.waiting_cost and not running)
+    assert await asyncio.gather(*tasks) == list(range(400))
+    assert idle_with_work == 0
+
+
+@pytest.mark.parametrize(("budget", "sizes"), [(1, [1, 1, 1, 1]), (2, [1, 1, 1, 1]), (4, [2, 2]), (5, [2, 2]), (6, [3, 1]), (8, [4])])
+async def test_a_batch_holds_what_fits_the_budget(worker: Worker, budget: int, sizes: list[int]) -> None:
+    scheduler = Scheduler(worker.run, budget)
+    tasks = submit(scheduler, 1, 2, 3, 4, cost=2)
+    worker.let_finish(4)
+    await asyncio.gather(*tasks)
+    assert [len(batch) for batch in worker.batches] == sizes
+
+
+async def test_concurrency_bounds_the_batches_in_flight(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=1, concurrency=3)
+    tasks = submit(scheduler, 1, 2, 3, 4, 5)
+    await turns()
+    assert len(worker.batches) == 3
+    worker.let_finish(5)
+    assert await asyncio.gather(*tasks) == [10, 20, 30, 40, 50]
+
+
+async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100)
+    first, second, third = submit(scheduler, 1) + submit(scheduler, 2) + submit(scheduler, 3)
+    first_batch = asyncio.create_task(worker.began.acquire())
+    await first_batch
+    late = submit(scheduler, 4, 5)
+    await turns()
+    late[0].cancel()
+    await turns()
+    worker.let_finish(2)
+    assert await asyncio.gather(first, second, third, late[1]) == [10, 20, 30, 50]
+    assert worker.batches == [[1, 2, 3], [5]]
+
+
+async def test_a_caller_who_leaves_during_its_batch_costs_the_others_nothing(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100)
+    gone, stays = submit(scheduler, 1, 2)
+    await worker.began.acquire()
+    gone.cancel()
+    worker.let_finish()
+    assert await stays == 20
+    assert gone.cancelled()
+
+
+async def test_a_job_past_its_deadline_is_refused_and_not_run(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100)
+    [running] = submit(scheduler, 1)
+    await worker.began.acquire()
+    [late] = submit(scheduler, 2, deadline=time.monotonic() - 1)
+    [timely] = submit(scheduler, 3)
+    await turns()
+    worker.let_finish(2)
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert await asyncio.gather(running, timely) == [10, 30]
+    assert worker.batches == [[1], [3]]
+
+
+async def test_a_failed_batch_fails_each_of_its_jobs_and_no_other(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=2)
+    doomed = submit(scheduler, 1, 2)
+    await worker.began.acquire()
+    worker.failure = RuntimeError("broken")
+    worker.let_finish()
+    assert [str(error) for error in await asyncio.gather(*doomed, return_exceptions=True)] == ["broken"] * 2
+    worker.failure = None
+    [later] = submit(scheduler, 3)
+    worker.let_finish()
+    assert await later == 30
+
+
+async def test_a_result_list_of_the_wrong_length_is_an_error_to_all() -> None:
+    async def run(entries: Sequence[Entry[int, int]]) -> list[int]:
+        return [1]
+
+    tasks = submit(Scheduler(run, budget=9), 1, 2)
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(outcomes[1], ValueError)
+
+
+async def test_a_cancelled_batch_answers_its_jobs(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=9)
+    [task] = submit(scheduler, 1)
+    await worker.began.acquire()
+    for batch in list(scheduler._running):
+        batch.cancel()
+    with pytest.raises(DeadlineExceeded, match="stopping"):
+        await task
+    assert repr(scheduler) == "<Scheduler waiting=0 running=0>"
+
+
+async def test_running_s_tells_a_worker_that_hangs(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=9)
+    assert scheduler.running_s == 0.0
+    [task] = submit(scheduler, 1)
+    await worker.began.acquire()
+    assert scheduler.running_s > 0.0
+    worker.let_finish()
+    await task
+    await turns()
+    assert scheduler.running_s == 0.0

@@ -4,6 +4,7 @@ What goes wrong at a start is said in one sentence with exit status 1: a setting
 The service itself is exactly that of `serve run serve_config.yaml`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -95,7 +96,7 @@ def _check_settings(config: Path, application: dict[str, Any]) -> None:
     for deployment in application.get("deployments") or []:
         if deployment.get("name") not in known:
             raise ValueError(
-                f"{config}: no deployment is called {deployment.get('name')!r}; the models make {', '.join(sorted(known))}."
+                f"{config}: no deployment is called {deployment.get('name')!r}; there are {', '.join(sorted(known))}."
             )
     if settings.keys_file:
         from serve_app.keys import Keys
@@ -169,10 +170,8 @@ def stop(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             print(f"serve: no clean stop within {STOP_TIMEOUT_S:.0f} s, ending it now", file=sys.stderr)
     # Whatever of its session is left, Ray's processes included.
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -130,9 +130,9 @@ class Model:
 class RemoteStages:
     """The stages of one model as calls to its deployments: retried where that is safe, never past the deadline."""
 
-    def __init__(self, name: str, tokenizer: DeploymentHandle, model: DeploymentHandle) -> None:
+    def __init__(self, name: str, tokenizer: DeploymentHandle[Any], model: DeploymentHandle[Any]) -> None:
         # Plain pickle writes arrays and strings faster than Serve's default, which can also pickle code.
-        options = {"request_serialization": "pickle", "response_serialization": "pickle"}
+        options: dict[str, Any] = {"request_serialization": "pickle", "response_serialization": "pickle"}
         self._name = name
         self._tokenizer = tokenizer.options(**options)
         self._model = model.options(**options)
@@ -147,11 +147,13 @@ class RemoteStages:
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         """Ids of the texts, in order."""
-        return await self._call(deadline, lambda _: self._tokenizer.tokenize.remote(texts))
+        tokenized: Tokenized = await self._call(deadline, lambda _: self._tokenizer.tokenize.remote(texts))
+        return tokenized
 
     async def infer(self, packed: Packed, deadline: float) -> Embedded:
         """Vectors of the sequences, in order."""
-        return await self._call(deadline, lambda remaining_s: self._model.infer.remote(packed, remaining_s))
+        embedded: Embedded = await self._call(deadline, lambda left_s: self._model.infer.remote(packed, left_s))
+        return embedded
 
     async def _call(self, deadline: float, call: Callable[[float], Awaitable[Any]]) -> Any:
         for _ in range(ATTEMPTS):
@@ -179,7 +181,9 @@ class RemoteStages:
 class Ingress:
     """Speaks HTTP, and sends every request through its model's stages."""
 
-    def __init__(self, settings: Settings, handles: Sequence[tuple[DeploymentHandle, DeploymentHandle]]) -> None:
+    def __init__(
+        self, settings: Settings, handles: Sequence[tuple[DeploymentHandle[Any], DeploymentHandle[Any]]]
+    ) -> None:
         self._settings = settings
         self._keys = Keys(Path(settings.keys_file)) if settings.keys_file else None
         if self._keys is None:
@@ -211,16 +215,18 @@ async def _discover(pipeline: Pipeline) -> None:
 
 def _cpus() -> int:
     """Threads that this replica may keep busy: its num_cpus, rounded up."""
-    return math.ceil(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
+    resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    return math.ceil(resources.get("CPU", 1.0))
 
 
 def build(settings: Settings) -> serve.Application:
     """The application that `serve_config.yaml` names: `Tokenizer-NAME` and `Model-NAME` a model, and one `Ingress`."""
+    tokenizer, model, ingress = cast(tuple[serve.Deployment, ...], (Tokenizer, Model, Ingress))  # mypy sees classes
     handles = [
         (
-            Tokenizer.options(name=f"Tokenizer-{model.slug}").bind(model),
-            Model.options(name=f"Model-{model.slug}").bind(model),
+            tokenizer.options(name=f"Tokenizer-{each.slug}").bind(each),
+            model.options(name=f"Model-{each.slug}").bind(each),
         )
-        for model in settings.models
+        for each in settings.models
     ]
-    return Ingress.bind(settings, handles)
+    return ingress.bind(settings, handles)

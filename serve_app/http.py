@@ -35,8 +35,8 @@ from serve_app.settings import Settings
 
 logger = logging.getLogger("ray.serve")
 
-# Error class -> (status, OpenAI's type, OpenAI's code); the nearest base class counts. Statuses and words are those that
-# OpenAI itself sends, as recorded from real answers, since clients decide by them whether to retry.
+# Error class -> (status, OpenAI's type, OpenAI's code); the nearest base class counts. Statuses and words are those
+# that OpenAI itself sends, as recorded from real answers, since clients decide by them whether to retry.
 ERRORS: Mapping[type[EmbeddingError], tuple[int, str, str | None]] = {
     EmbeddingError: (500, "server_error", None),
     InvalidInput: (400, "invalid_request_error", None),
@@ -67,6 +67,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # Starlette types handlers by Exception
     app.add_exception_handler(Exception, _on_fault)
 
+    @app.post("/v1/embeddings", openapi_extra=openapi.embeddings(settings.max_inputs))
     async def embeddings(request: Request) -> Response:
         arrived = time.monotonic()
         _authenticate(request, keys)
@@ -92,10 +93,12 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         }
         return Response(body, media_type="application/json", headers=headers)
 
+    @app.get("/v1/models", openapi_extra=openapi.models())
     async def models(request: Request) -> Response:
         _authenticate(request, keys)
         return _json({"object": "list", "data": [_model(name, served) for name, _, served in catalog.served()]})
 
+    @app.get("/v1/models/{id:path}", openapi_extra=openapi.model())
     async def model(request: Request) -> Response:
         _authenticate(request, keys)
         name = request.path_params["id"]
@@ -103,9 +106,11 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         assert served is not None, "the catalog found a model that was never described. This is a bug."
         return _json(_model(name, served))
 
+    @app.get("/healthz", openapi_extra=openapi.probe("Is the process alive?", can_fail=False))
     async def healthz(request: Request) -> Response:
         return _json({"status": "ok"})
 
+    @app.get("/readyz", openapi_extra=openapi.probe("Can it embed now?", can_fail=True))
     async def readyz(request: Request) -> Response:
         async def state(pipeline: Any) -> str:
             try:
@@ -123,19 +128,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         # One model that can embed makes the service worth sending requests to; the others are named with their reason.
         return _json({"status": "ready" if ready else "not ready", "models": named}, 200 if ready else 503)
 
-    for prefix, shown in (("/v1", True), ("", False)):  # clients whose base URL lacks /v1 work as well
-        routes = (
-            ("/embeddings", embeddings, "POST", openapi.embeddings(settings.max_inputs)),
-            ("/models", models, "GET", openapi.models()),
-            ("/models/{id:path}", model, "GET", openapi.model()),
-        )
-        for path, endpoint, method, described in routes:
-            app.add_api_route(
-                prefix + path, endpoint, methods=[method], openapi_extra=described, include_in_schema=shown
-            )
-    app.add_api_route("/healthz", healthz, openapi_extra=openapi.probe("Is the process alive?", can_fail=False))
-    app.add_api_route("/readyz", readyz, openapi_extra=openapi.probe("Can it embed now?", can_fail=True))
-    # Swagger's page, and a redirect to it from `/`, with its scripts from a package, so that a cluster without internet shows it as well.
+    # Swagger's page, and a redirect to it from `/`; its scripts come from a package, so it needs no internet.
     patch_fastapi(app, docs_url="/docs")
     if settings.cors_origins:
         app.add_middleware(
@@ -237,7 +230,7 @@ async def _on_fault(request: Request, error: Exception) -> Response:
 
 
 class _CanonicalPath:
-    """Forgives what users type as a base URL: a doubled slash, a slash at the end, `/v1` given twice."""
+    """Routes by the canonical path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -249,12 +242,14 @@ class _CanonicalPath:
 
 
 def canonical(path: str) -> str:
-    """The path without doubled slashes, a trailing slash or a doubled `/v1`.
+    """The path that a client means whose base URL lacks `/v1`, has it twice, or has a slash too many.
 
-    >>> canonical("/v1//v1/embeddings/")
-    '/v1/embeddings'
+    >>> canonical("//v1/v1/embeddings/"), canonical("/embeddings")
+    ('/v1/embeddings', '/v1/embeddings')
     """
     path = re.sub(r"/{2,}", "/", path)
     if len(path) > 1:
         path = path.rstrip("/")
+    if path.startswith(("/embeddings", "/models")):
+        return f"/v1{path}"
     return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path

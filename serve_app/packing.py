@@ -5,6 +5,7 @@ Nothing here waits, locks or touches a device, so every rule can be tested with 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ def split(packed: Packed, budget_tokens: int) -> list[Packed]:
     offsets = np.concatenate(([0], np.cumsum(packed.lengths)))
     return [
         Packed(packed.ids[offsets[start] : offsets[stop]], packed.lengths[start:stop])
-        for start, stop in zip(edges, edges[1:], strict=False)
+        for start, stop in pairwise(edges)
     ]
 
 
@@ -105,7 +106,7 @@ def pad(packed: Packed, rows: NDArray[np.intp]) -> tuple[Int32, Int32]:
 
 @dataclass(frozen=True, slots=True)
 class ClientIds:
-    """Token ids as a client sent them, end to end, not yet held against a vocabulary: int64 [T], lengths int32 [B]."""
+    """Token ids as a client sent them, end to end, not yet held against a vocabulary: int64 [T], int32 [B]."""
 
     ids: NDArray[np.int64]
     lengths: Int32
@@ -113,7 +114,7 @@ class ClientIds:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a tokenizer puts around a text's tokens, and how many tokens a model takes: all that ids are held against."""
+    """What a tokenizer puts around a text's tokens, and how many tokens a model takes: what ids are held against."""
 
     start_id: int
     end_id: int

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -98,7 +99,9 @@ class Pipeline:
         self.served, self._frame = await self._stages.describe(deadline)
         return self.served
 
-    async def embed(self, inputs: Sequence[str] | ClientIds, deadline: float, refuse_truncation: bool = False) -> Answer:
+    async def embed(
+        self, inputs: Sequence[str] | ClientIds, deadline: float, refuse_truncation: bool = False
+    ) -> Answer:
         """Vectors of the inputs, in their order; `deadline` in `time.monotonic()` seconds.
 
         Raises InvalidInput for what this model can't take, TooManyTokens, DeadlineExceeded, or the stages' own faults.
@@ -139,7 +142,8 @@ class Pipeline:
             )
         if tokenized.packed.tokens > self._max_request_tokens:
             raise TooManyTokens(
-                f"Requested {tokenized.packed.tokens} tokens, max {self._max_request_tokens} tokens per request", "input"
+                f"Requested {tokenized.packed.tokens} tokens, max {self._max_request_tokens} tokens per request",
+                "input",
             )
 
     async def _tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
@@ -147,7 +151,7 @@ class Pipeline:
         edges = cuts(sizes, CALL_CHARACTERS)
         jobs = [
             self._tokenizing.submit(texts[start:stop], sum(sizes[start:stop]), deadline)
-            for start, stop in zip(edges, edges[1:], strict=False)
+            for start, stop in pairwise(edges)
         ]
         return join(await _all(jobs))
 
@@ -224,7 +228,7 @@ class Catalog:
         if configured.served is None:
             raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
         raise ModelNotFound(
-            f"The model `{name}` is not served here: its weights were not found, and `{configured.served.id}` was loaded "
-            f"in its place ({configured.served.origin}). Ask for that name, or give the service the weights of "
+            f"The model `{name}` is not served here: its weights were not found, and `{configured.served.id}` was "
+            f"loaded in its place ({configured.served.origin}). Ask for that name, or give the service the weights of "
             f"`{configured.settings.id}` (setting `sources`)."
         )

@@ -5,6 +5,7 @@ all else is refused, and the message says what it is. `python -m serve_app.weigh
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,13 +29,16 @@ logger = logging.getLogger("ray.serve")
 WEIGHTS = "model.safetensors"
 # All that is read of a model, here or elsewhere; no pickle and no code is ever fetched. The weights come last, so
 # wherever a download was cut, a folder that holds them holds all the rest.
-FILES: tuple[str, ...] = (
+FILES = (
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "1_Pooling/config.json",
+    "config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    WEIGHTS,
 )
-FILES += ("config.json", "tokenizer_config.json", "tokenizer.json", WEIGHTS)
 
 # The hub's sha256 of the weights that the package carries, at sentence-transformers/all-MiniLM-L6-v2, commit 1110a243.
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -129,9 +133,7 @@ def download(model: str, revision: str, into: Path | None = None) -> tuple[Path,
         if into or not isinstance(cached, str):
             raise
         path = Path(cached)
-        logger.warning(
-            f"{model}: taking the cached commit {path.parent.name}, for {hub.endpoint} gave {_reason(error)}"
-        )
+        logger.warning(f"{model}: {hub.endpoint}: {_reason(error)}: taking the cached commit {path.parent.name}")
         if path.is_symlink() and len(sha256 := path.readlink().name) == 64:  # so the cache names large files
             _check(path, sha256)
         return path.parent, path.parent.name
@@ -168,18 +170,17 @@ def _check(path: Path, expected: str | None) -> None:
     elif (found := _content_id(path, len(expected))) != expected:
         name = path.name
         # Every link to the file goes with it: the library never looks again at what is there under its name.
-        while path.is_symlink():
-            link, path = path, path.parent / path.readlink()
-            link.unlink()
-        path.unlink()
-        raise WeightsError(f"{name} came damaged and was deleted, try again: expected {expected}, found {found}")
+        with contextlib.suppress(OSError):  # a cache that may not be written to
+            while path.is_symlink():
+                link, path = path, path.parent / path.readlink()
+                link.unlink()
+            path.unlink()
+        raise WeightsError(f"{name} was damaged, and is deleted: expected {expected}, found {found}; try again")
 
 
 def _require_files(names: Collection[str], where: str) -> None:
     if "modules.json" not in names:
-        raise WeightsError(
-            f"{where}: modules.json is missing: no sentence-transformers model, its pooling is not known"
-        )
+        raise WeightsError(f"{where}: modules.json is missing: this is no sentence-transformers model")
     if f"{WEIGHTS}.index.json" in names:
         raise WeightsError(f"{where}: the weights are sharded, served is one {WEIGHTS}; merge them with: {CONVERT}")
     if WEIGHTS not in names and "pytorch_model.bin" in names:
@@ -196,19 +197,18 @@ def describe(folder: Path, settings: ModelSettings, model: str, origin: str) -> 
     for key, served in SERVED.items():
         if config[key] != served:
             raise WeightsError(f"{folder / 'config.json'}: {key} is {config[key]!r}; served is {served!r}")
-    positions = _count(folder, config, "max_position_embeddings")
+    dimensions = _count(folder, "hidden_size", config.get("hidden_size"))
+    positions = _count(folder, "max_position_embeddings", config.get("max_position_embeddings"))
     if settings.max_tokens is not None and settings.max_tokens > positions:
         raise WeightsError(f"max_tokens is {settings.max_tokens}, but {model} has position embeddings for {positions}")
-    # Release 6 of sentence-transformers writes the limit as model_max_length, those before as max_seq_length.
     transformer = _read(folder / "sentence_bert_config.json", {})
-    key = "max_seq_length" if transformer.get("max_seq_length") is not None else "model_max_length"
-    limits = {key: positions, **_read(folder / "tokenizer_config.json", {}), **transformer}
-    max_tokens = settings.max_tokens or min(_count(folder, limits, key), positions)
+    # Since release 6 sentence-transformers leaves the limit to the tokenizer's file.
+    own = transformer.get("max_seq_length") or _read(folder / "tokenizer_config.json", {}).get("model_max_length")
+    max_tokens = settings.max_tokens or min(_count(folder, "max_seq_length", own or positions), positions)
     lowercase = transformer.get("do_lower_case") is True
     normalize = settings.normalize is not False
     _read(folder / "tokenizer.json")
     _check_safetensors(folder / WEIGHTS)
-    dimensions = _count(folder, config, "hidden_size")
     # Of the small files the values count, not the bytes: each release of sentence-transformers writes them anew.
     contents = {name: _content_id(folder / name, 64) for name in ("config.json", "tokenizer.json", WEIGHTS)}
     digest = _digest(contents, pooling, normalize, max_tokens, lowercase)
@@ -222,11 +222,8 @@ def _read_pooling(folder: Path) -> Literal["mean", "cls"]:
     modules = _read(folder / "modules.json")
     types = [module["type"] for module in modules]
     parts = [type.rpartition(".")[2] if type.startswith("sentence_transformers.") else type for type in types]
-    if kind != "SentenceTransformer" or parts not in (
-        ["Transformer", "Pooling"],
-        ["Transformer", "Pooling", "Normalize"],
-    ):
-        served = "Transformer + Pooling, with or without Normalize: one dense vector for a text"
+    if kind != "SentenceTransformer" or parts[:2] != ["Transformer", "Pooling"] or parts[2:] not in ([], ["Normalize"]):
+        served = "Transformer + Pooling, with or without Normalize, which gives a text one dense vector"
         raise WeightsError(f"{folder}: a {kind} of {' + '.join(parts)}; served is a SentenceTransformer of {served}")
     file = folder / modules[1]["path"] / "config.json"
     config = _read(file)
@@ -249,16 +246,14 @@ def _check_safetensors(path: Path) -> None:
         head = file.read(8)
         if head == b"version ":
             raise WeightsError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` there")
-        expected = 8 + int.from_bytes(head, "little")
+        start = 8 + int.from_bytes(head, "little")
         try:
-            header = json.loads(file.read(expected - 8)) if expected <= size else {}
-            expected += max(
-                (tensor["data_offsets"][1] for name, tensor in header.items() if name[:2] != "__"), default=1
-            )
+            header = json.loads(file.read(start - 8)) if start <= size else {}
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path} is damaged: its header can't be read") from error
-    if expected != size:
-        raise WeightsError(f"{path} is cut or damaged: it has {size} bytes, its header says {expected}")
+    if not ends or start + max(ends) != size:
+        raise WeightsError(f"{path} is cut or damaged: its {size} bytes are not what its header says")
 
 
 def _read(path: Path, default: dict[str, Any] | None = None) -> Any:
@@ -273,10 +268,9 @@ def _read(path: Path, default: dict[str, Any] | None = None) -> Any:
         raise WeightsError(f"{path} is damaged: {error}") from error
 
 
-def _count(folder: Path, config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
+def _count(folder: Path, name: str, value: Any) -> int:
     if not isinstance(value, int) or value < 3:  # a start token, one of the text, an end token
-        raise WeightsError(f"{folder}: {key} is {value!r}; expected a whole number from 3")
+        raise WeightsError(f"{folder}: {name} is {value!r}; expected a whole number from 3")
     return value
 
 

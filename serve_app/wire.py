@@ -71,27 +71,33 @@ def _inputs(value: Any, max_inputs: int) -> Sequence[str] | ClientIds:
     if kinds == {int}:
         return _ids([value])
     if len(value) > max_inputs:
-        raise InvalidInput(f"'input' holds {len(value)} inputs; at most {max_inputs} are allowed in a request.", "input")
+        raise InvalidInput(
+            f"'input' holds {len(value)} inputs; at most {max_inputs} are allowed in a request.", "input"
+        )
     if kinds == {str}:
         return _texts(value)
     if kinds == {list}:
         return _ids(value)
     named = " and ".join(sorted(_kind(item) for item in {type(item): item for item in value}.values()))
-    raise InvalidInput(f"'input' must hold only strings, only token ids or only arrays of them; it holds {named}.", "input")
+    raise InvalidInput(
+        f"'input' must hold only strings, only token ids or only arrays of them; it holds {named}.", "input"
+    )
 
 
 def _texts(texts: list[str]) -> list[str]:
     if "" in texts:
-        raise InvalidInput(f"Input {texts.index('')} is an empty string; every text needs at least 1 character.", "input")
+        raise InvalidInput(
+            f"Input {texts.index('')} is an empty string; every text needs at least 1 character.", "input"
+        )
     return texts
 
 
 def _ids(rows: list[list[int]]) -> ClientIds:
     if [] in rows:
         raise InvalidInput(f"Input {rows.index([])} is an empty array; it must hold at least 1 token id.", "input")
-    wrong = next((item for item in chain.from_iterable(rows) if type(item) is not int), None)
-    if wrong is not None or None in chain.from_iterable(rows):
-        raise InvalidInput(f"An array of token ids must hold only whole numbers; one holds {_kind(wrong)}.", "input")
+    wrong = [item for item in chain.from_iterable(rows) if type(item) is not int]
+    if wrong:
+        raise InvalidInput(f"An array of token ids must hold only whole numbers; one holds {_kind(wrong[0])}.", "input")
     lengths = np.fromiter(map(len, rows), np.int32, len(rows))
     try:
         return ClientIds(np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())), lengths)
@@ -102,7 +108,14 @@ def _ids(rows: list[list[int]]) -> ClientIds:
 
 def _kind(value: Any) -> str:
     """What a JSON value is, in JSON's words; never the value itself, which may be somebody's text."""
-    names = {bool: "a boolean", int: "a number", float: "a non-integer number", str: "a string", list: "an array", dict: "an object"}
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a non-integer number",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
     return "null" if value is None else names[type(value)]
 
 

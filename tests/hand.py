@@ -1,4 +1,4 @@
-"""Stages that one can compute by hand: a text's tokens are its characters' codes, a vector holds sum and count of ids."""
+"""Stages that one can compute by hand: a text's tokens are its characters, a vector holds the ids' sum and count."""
 
 from collections.abc import Sequence
 
@@ -58,9 +58,7 @@ class HandStages:
             raise self.failure
         self.tokens_by_call.append(packed.tokens)
         ends = np.cumsum(packed.lengths)
-        sums = [
-            packed.ids[end - length : end].sum() for end, length in zip(ends, packed.lengths.tolist(), strict=True)
-        ]
+        sums = [packed.ids[end - length : end].sum() for end, length in zip(ends, packed.lengths.tolist(), strict=True)]
         raw = np.stack([sums, packed.lengths, np.zeros(packed.rows), np.ones(packed.rows)], axis=1)
         vectors = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
         return Embedded(vectors, "f1ve", 1.0)

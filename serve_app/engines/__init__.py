@@ -1,4 +1,4 @@
-"""Engines compute vectors: one file a backend behind one small Protocol; `open_engine` picks, warms up and tests one."""
+"""Engines compute vectors: one file a backend behind one Protocol; `open_engine` picks, warms up and tests one."""
 
 import hashlib
 import importlib.util

@@ -64,7 +64,7 @@ class Bert:
 
     @property
     def dimensions(self) -> int:
-        return self.words.shape[1]
+        return int(self.words.shape[1])
 
 
 def load(folder: Path, pooling: Pooling, normalize: bool) -> Bert:
@@ -125,12 +125,12 @@ def reference(bert: Bert, packed: Packed) -> Float32:
 
 def _embed_one(bert: Bert, ids: np.ndarray) -> Float32:
     def dense(x: Float32, d: Dense) -> Float32:
-        return x @ d.weight.T + d.bias
+        return np.asarray(x @ d.weight.T + d.bias, np.float32)
 
     def norm(x: Float32, n: Norm) -> Float32:
         centred = x - x.mean(-1, keepdims=True)
         variance = (centred**2).mean(-1, keepdims=True)
-        return centred / np.sqrt(variance + bert.epsilon) * n.scale + n.shift
+        return np.asarray(centred / np.sqrt(variance + bert.epsilon) * n.scale + n.shift, np.float32)
 
     length, hidden = len(ids), bert.dimensions
     width = hidden // bert.heads
@@ -148,4 +148,4 @@ def _embed_one(bert: Bert, ids: np.ndarray) -> Float32:
     vector = x.mean(0) if bert.pooling == "mean" else x[0]
     if bert.normalize:
         vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    return vector.astype(np.float32)
+    return np.asarray(vector, np.float32)

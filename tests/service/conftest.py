@@ -1,4 +1,4 @@
-"""The real service for the tests of this folder: `python -m serve_app` on a free port, one at a time, kept while asked for.
+"""The real service for the tests of this folder: `python -m serve_app` on a free port, one at a time.
 
 Two clusters on one machine would fight for HAProxy's ports, so a test that asks for another configuration ends the one
 before; tests are grouped by file to make that rare.

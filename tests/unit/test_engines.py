@@ -1,4 +1,4 @@
-"""Engines against the definition: parity, batching that changes nothing, order, pooling, and a self-test that can fail."""
+"""Engines against the definition: parity, batches that change nothing, order, pooling, a self-test that can fail."""
 
 from pathlib import Path
 
@@ -59,7 +59,12 @@ def test_pooling_and_normalisation(pooling: bert.Pooling, normalize: bool) -> No
 
 @pytest.mark.parametrize(
     ("asked", "has_bfloat16", "settled"),
-    [("auto", True, "bfloat16"), ("auto", False, "float32"), ("float32", True, "float32"), ("bfloat16", True, "bfloat16")],
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("float32", True, "float32"),
+        ("bfloat16", True, "bfloat16"),
+    ],
 )
 def test_precision_on_a_cpu(asked: str, has_bfloat16: bool, settled: str) -> None:
     assert settle(asked, has_bfloat16) == settled
@@ -82,7 +87,9 @@ def test_a_precision_that_the_processor_lacks_is_refused(asked: str, has_bfloat1
         ("openvino", "auto", True, True, "openvino"),
     ],
 )
-def test_auto_picks_by_device_and_says_why(engine: str, precision: str, cuda: bool, openvino: bool, chosen: str) -> None:
+def test_auto_picks_by_device_and_says_why(
+    engine: str, precision: str, cuda: bool, openvino: bool, chosen: str
+) -> None:
     backend, why = choose(engine, precision, cuda, openvino)
     assert backend == chosen
     assert why.startswith("auto: ") == (engine == "auto")

@@ -1,6 +1,7 @@
 """The pure decisions: cutting, grouping, padding, enclosing; limits at 0, 1, n and n + 1."""
 
 import doctest
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,8 +29,7 @@ def client_ids(*rows: list[int]) -> ClientIds:
 def rows_of(sequences: Packed) -> list[list[int]]:
     ends = np.cumsum(sequences.lengths).tolist()
     return [
-        sequences.ids[end - length : end].tolist()
-        for end, length in zip(ends, sequences.lengths.tolist(), strict=True)
+        sequences.ids[end - length : end].tolist() for end, length in zip(ends, sequences.lengths.tolist(), strict=True)
     ]
 
 
@@ -40,7 +40,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
 @given(st.lists(st.integers(0, 100)), st.integers(1, 100))
 def test_cuts_keep_every_item_once_and_runs_within_the_budget(costs: list[int], budget: int) -> None:
     edges = cuts(costs, budget)
-    runs = [costs[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    runs = [costs[start:stop] for start, stop in pairwise(edges)]
     assert [cost for run in runs for cost in run] == costs
     assert all(run and (sum(run) <= budget or len([c for c in run if c]) == 1) for run in runs)
 

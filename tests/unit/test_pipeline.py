@@ -87,7 +87,9 @@ async def test_every_name_finds_its_model_and_only_served_ones_are_listed() -> N
     assert models.find("ivy") is models.find("Mihaiii/Ivysaur") is models.pipelines[0]
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
         models.find("other/model")
-    with pytest.raises(ModelNotFound, match=r"`gpt` does not exist here. Models that are served: `Mihaiii/Ivysaur`, `ivy`"):
+    with pytest.raises(
+        ModelNotFound, match=r"`gpt` does not exist here. Models that are served: `Mihaiii/Ivysaur`, `ivy`"
+    ):
         models.find("gpt")
 
 
@@ -97,5 +99,5 @@ async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
     assert [name for name, _, _ in models.served()] == ["sentence-transformers/all-MiniLM-L6-v2"]
     assert models.find("sentence-transformers/all-MiniLM-L6-v2") is models.pipelines[0]
     for name in ("Mihaiii/Ivysaur", "ivy"):
-        with pytest.raises(ModelNotFound, match="all-MiniLM-L6-v2` was loaded in its place .* .setting `sources`"):
+        with pytest.raises(ModelNotFound, match=r"all-MiniLM-L6-v2` was loaded in its place .* .setting `sources`"):
             models.find(name)

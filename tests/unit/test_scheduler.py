@@ -1,4 +1,4 @@
-"""The queue's laws: nothing waits while the worker is idle, batches grow while it is busy, each job is answered once."""
+"""The queue's laws: no job waits while the worker is idle, batches grow while it is busy, each is answered once."""
 
 import asyncio
 import time
@@ -39,9 +39,7 @@ def worker() -> Worker:
     return Worker()
 
 
-def submit(
-    scheduler: Scheduler[int, int], *jobs: int, cost: int = 1, deadline: float = FAR
-) -> list[asyncio.Task[int]]:
+def submit(scheduler: Scheduler[int, int], *jobs: int, cost: int = 1, deadline: float = FAR) -> list[asyncio.Task[int]]:
     return [asyncio.create_task(scheduler.submit(job, cost, deadline)) for job in jobs]
 
 
@@ -106,7 +104,9 @@ async def test_no_job_waits_while_the_worker_is_idle() -> None:
     assert idle_with_work == 0
 
 
-@pytest.mark.parametrize(("budget", "sizes"), [(1, [1, 1, 1, 1]), (2, [1, 1, 1, 1]), (4, [2, 2]), (5, [2, 2]), (6, [3, 1]), (8, [4])])
+@pytest.mark.parametrize(
+    ("budget", "sizes"), [(1, [1, 1, 1, 1]), (2, [1, 1, 1, 1]), (4, [2, 2]), (5, [2, 2]), (6, [3, 1]), (8, [4])]
+)
 async def test_a_batch_holds_what_fits_the_budget(worker: Worker, budget: int, sizes: list[int]) -> None:
     scheduler = Scheduler(worker.run, budget)
     tasks = submit(scheduler, 1, 2, 3, 4, cost=2)

@@ -107,7 +107,8 @@ def _check_settings(config: Path, application: dict[str, Any]) -> None:
 def running_cluster() -> str | None:
     """The address of a Ray cluster that `serve run` on this machine would join instead of starting one."""
     try:
-        address = Path("/tmp/ray/ray_current_cluster").read_text().strip()
+        folder = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")
+        address = (folder / "ray_current_cluster").read_text().strip()
         host, _, port = address.rpartition(":")
         with socket.create_connection((host, int(port)), timeout=1):
             return address

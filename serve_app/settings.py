@@ -4,6 +4,7 @@
 is Serve's own business and stands in the `deployments` section of the same file.
 """
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -53,9 +54,7 @@ class ModelSettings(Frozen):
         description="Tokens of a text that count; what is longer is cut, and a header says so. Unset, the model's own "
         "limit; never over its position embeddings.",
     )
-    normalize: bool | None = Field(
-        default=None, description="Scale vectors to length 1, as OpenAI's are. Unset, yes whatever the folder says."
-    )
+    normalize: bool = Field(default=True, description="Scale vectors to length 1, as OpenAI's are.")
     batch_tokens: int = Field(
         default=2048,
         ge=64,
@@ -114,3 +113,17 @@ class Settings(Frozen):
         if same:
             raise ValueError(f"models: two ids end in {same[0]!r}, which names their deployments; rename one")
         return self
+
+
+def table(kind: type[Frozen]) -> str:
+    """A Markdown table of the settings, as the README shows it."""
+    rows = []
+    for name, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = "one, Ivysaur" if name == "models" else f"`{json.dumps(default)}`"
+        rows.append(f"| `{name}` | {shown} | {field.description} |")
+    return "\n".join(["| setting | default | what it does, and how to choose it |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(f"{table(Settings)}\n\nOf each model:\n\n{table(ModelSettings)}")

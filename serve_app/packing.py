@@ -94,14 +94,33 @@ def group(lengths: Int32, budget_tokens: int, launch_tokens: int) -> list[NDArra
     return groups
 
 
-def pad(packed: Packed, rows: NDArray[np.intp]) -> tuple[Int32, Int32]:
-    """Lay the named rows out for a padding engine: ids int32 [b, longest], zeros behind each row; lengths int32 [b]."""
-    lengths = packed.lengths[rows]
-    columns = np.arange(int(lengths.max()))
-    starts = (np.cumsum(packed.lengths) - packed.lengths)[rows]
-    inside = columns < lengths[:, None]  # [b, longest]
-    where = np.where(inside, starts[:, None] + columns, 0)
-    return np.where(inside, packed.ids[where], 0).astype(np.int32, copy=False), lengths
+def bucket(rows: int, longest: int) -> tuple[int, int]:
+    """The shape to pad a group to, so that an engine meets few: up to 1/4 more rows, 1/8 longer.
+
+    >>> bucket(5, 11), bucket(33, 66), bucket(1, 512)
+    ((5, 11), (40, 72), (1, 512))
+    """
+    return _round_up(rows, 8), _round_up(longest, 16)
+
+
+def _round_up(number: int, steps: int) -> int:
+    """To the next of `steps` equal steps on the way to the power of two from `number` on."""
+    step = max(1, (1 << (number - 1).bit_length()) // steps)
+    return -(-number // step) * step
+
+
+def pad(packed: Packed, rows: NDArray[np.intp], shape: tuple[int, int]) -> tuple[Int32, Int32]:
+    """Lay the named rows out for a padding engine: ids int32 [b, S], zeros behind each row; lengths int32 [b].
+
+    `shape` holds them all; a row that is not there has length 1, so that nothing is divided by zero.
+    """
+    lengths = np.ones(shape[0], np.int32)
+    lengths[: len(rows)] = packed.lengths[rows]
+    starts = np.zeros(shape[0], np.int64)
+    starts[: len(rows)] = (np.cumsum(packed.lengths) - packed.lengths)[rows]
+    columns = np.arange(shape[1])
+    inside = columns < lengths[:, None]  # [b, S]
+    return np.where(inside, packed.ids[np.where(inside, starts[:, None] + columns, 0)], np.int32(0)), lengths
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Starting and stopping: what is in the way is said in one sentence, and nothing is left running."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -52,9 +53,8 @@ def test_a_wrong_setting_is_one_sentence(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], sentence: str
 ) -> None:
     file = config_file(tmp_path, change)
-    with pytest.raises(ValueError, match=r".") as refused:
+    with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
         check(file)
-    assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

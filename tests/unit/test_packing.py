@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve_app import packing
 from serve_app.errors import InvalidInput
-from serve_app.packing import ClientIds, Frame, Packed, accept_ids, concat, cuts, enclose, group, pad, split
+from serve_app.packing import ClientIds, Frame, Packed, accept_ids, bucket, concat, cuts, enclose, group, pad, split
 
 FRAME = Frame(start_id=101, end_id=102, vocabulary=30_522, max_tokens=8)
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=80)
@@ -80,15 +80,25 @@ def test_equal_lengths_are_one_group() -> None:
     assert [len(rows) for rows in group(np.full(32, 64, np.int32), 1 << 20, 32)] == [32]
 
 
+def test_buckets_hold_what_they_are_for_and_are_few() -> None:
+    shapes = {(rows, longest): bucket(rows, longest) for rows in range(1, 257) for longest in range(1, 513)}
+    assert all(few >= rows and step >= longest for (rows, longest), (few, step) in shapes.items())
+    assert all(few <= rows * 5 / 4 for (rows, _), (few, _) in shapes.items())
+    assert all(step <= longest * 9 / 8 for (_, longest), (_, step) in shapes.items())
+    assert len({shape for shape in shapes.values() if shape[0] * shape[1] <= 1024}) < 750
+
+
 @given(LENGTHS)
 def test_pad_lays_out_each_row_with_zeros_behind(lengths: list[int]) -> None:
     whole = packed(lengths)
     order = np.argsort(-whole.lengths, kind="stable")
-    ids, padded_lengths = pad(whole, order)
-    assert ids.shape == (len(lengths), max(lengths)) and ids.dtype == np.int32
+    shape = bucket(len(lengths), max(lengths))
+    ids, padded_lengths = pad(whole, order, shape)
+    assert ids.shape == shape and ids.dtype == np.int32
+    assert not ids[len(lengths) :, 1:].any() and (padded_lengths[len(lengths) :] == 1).all()
     for row, source in enumerate(order.tolist()):
         expected = rows_of(whole)[source]
-        assert ids[row].tolist() == expected + [0] * (max(lengths) - len(expected))
+        assert ids[row].tolist() == expected + [0] * (shape[1] - len(expected))
         assert padded_lengths[row] == len(expected)
 
 

@@ -17,6 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from pydantic import ValidationError
 
@@ -190,9 +191,11 @@ def stop(child: subprocess.Popen[bytes]) -> None:
             child.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             print(f"serve: no clean stop within {STOP_TIMEOUT_S:.0f} s, ending it now", file=sys.stderr)
-    # Whatever of its session is left, Ray's processes included.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    # Whatever of its session is left; Ray gives some processes, HAProxy among them, a group of their own.
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == child.pid:
+                os.kill(pid, signal.SIGKILL)
     child.wait()
 
 

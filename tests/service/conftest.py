@@ -48,9 +48,11 @@ def start(folder: Path, change: Change | None = None) -> Service:
         change(config)
     file, log = folder / "serve_config.yaml", folder / "log.txt"
     file.write_text(yaml.safe_dump(config))
+    # No hub, and no model that somebody's cache holds: the tests know the embedded one.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
     with log.open("wb") as out:
         command = [sys.executable, "-m", "serve_app", str(file)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=os.environ.copy())
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment)
     service = Service(f"http://127.0.0.1:{port}", process, log)
     deadline = time.monotonic() + START_TIMEOUT_S
     while "\nREADY " not in f"\n{log.read_text()}":

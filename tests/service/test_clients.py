@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -525,3 +526,36 @@ def test_node_errors(
     assert (error["name"], error["status"], error["code"], error["param"]) == (name, status, code, param)
     assert error["type"] == "invalid_request_error" and error["requestID"]
     assert said in error["message"]
+
+
+# openai (Python) of the newest release, in a folder of its own: the other clients hold it below 3
+
+NEWEST = "openai==3.54.0"
+
+
+def test_the_newest_openai(keeper: Keeper, alone: Alone, pytestconfig: pytest.Config) -> None:
+    folder = Path(str(pytestconfig.rootpath), ".pytest_cache", NEWEST.replace("==", "-"))
+    if not (folder / "openai").is_dir():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), NEWEST]
+        try:
+            subprocess.run(install, capture_output=True, text=True, timeout=300, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            pytest.skip(f"pip could not install {NEWEST}: {str(error.stderr)[-500:]}")
+    asked = {"url": keeper.get().url, "model": MODEL, "texts": TEXTS}
+    ran = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("newest_openai.py"))],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    answers = json.loads(ran.stdout)
+    assert answers["version"] == NEWEST.partition("==")[2]
+    alone.assert_equal(answers["vectors"])
+    alone.assert_equal(answers["async"])
+    assert answers["tokens"] == sum(alone.tokens)
+    assert answers["models"] == [MODEL] and answers["retrieved"] == MODEL
+    assert answers["refused"] == "model_not_found"

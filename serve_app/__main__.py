@@ -49,12 +49,14 @@ def main() -> int:
         print(f"serve: {error}", file=sys.stderr)
         return 1
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    stopping: list[int] = []
+    # Before the start: a signal that is handled here is back at its default in the child, while one that a shell had
+    # ignored for a background job would be ignored there too.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: stopping.append(received))
     command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
     # A session of its own: a Ctrl-C then reaches this process alone, which passes it on once.
     child = subprocess.Popen(command, env=NODE_ENVIRONMENT | os.environ, start_new_session=True)
-    stopping: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: stopping.append(received))
     try:
         watch(child, url, stopping)
     finally:

@@ -74,7 +74,7 @@ class Model:
         found = weights.resolve(settings)
         network = bert.load(found.folder, found.pooling, found.normalize)
         self._engine = engines.open_engine(network, settings.engine, settings.precision, _cpus())
-        self._scheduler: Scheduler[Packed, Embedded] = Scheduler(self._run, settings.batch_tokens)
+        self._scheduler: Scheduler[Packed, Embedded] = Scheduler(self._run, settings.batch_tokens, self._engine.lanes)
         self._served = Served(
             id=found.id,
             created=int(time.time()),
@@ -98,10 +98,10 @@ class Model:
         return answer
 
     # `@serve.batch` seals a batch at every turn of the loop, whether the engine is free or not, so it only gathers the
-    # calls of one turn; the scheduler behind it holds what waits. It must never be the one that waits: hence wait 0 and
-    # as many batches at once as there can be calls. A failed call is an answer here, since an exception would fail
-    # every call of the turn.
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0, max_concurrent_batches=256)
+    # calls of one turn; the scheduler behind it holds what waits. With several batches at once there is always one in
+    # the scheduler when the engine gets free. (Serve wants their product within max_ongoing_requests.) A failed call is
+    # an answer here, since an exception would fail every call of the turn.
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0, max_concurrent_batches=16)
     async def _infer_together(self, calls: list[tuple[Packed, float]]) -> list[Embedded | BaseException]:
         jobs = (self._scheduler.submit(packed, packed.tokens, deadline) for packed, deadline in calls)
         return await asyncio.gather(*jobs, return_exceptions=True)

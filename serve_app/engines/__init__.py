@@ -24,12 +24,13 @@ SELF_TEST_COSINE = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
 
 
 class Engine(Protocol):
-    """One model on one device. `embed` blocks, holds no lock of Python's while it computes, and is called by one
-    thread at a time."""
+    """One model on one device. `embed` blocks, lets other threads run while it computes, and may be called by `lanes`
+    threads at once."""
 
     name: str
     precision: Precision
     device: str
+    lanes: int
 
     def embed(self, packed: Packed) -> Float32:
         """Vectors, float32 [B, D], in the order of the rows."""

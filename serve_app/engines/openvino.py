@@ -27,6 +27,7 @@ class OpenVinoEngine:
 
     name = "openvino"
     device = "cpu"
+    lanes = 1  # one launch keeps all threads busy
 
     def __init__(self, bert: Bert, precision: str, threads: int) -> None:
         """`threads`: how many the engine may keep busy; the replica's num_cpus."""

@@ -112,6 +112,18 @@ def test_a_service_behind_keys_is_ready_without_naming_its_models() -> None:
     assert line == "READY http://h:1/v1 (what it serves needs a key to be listed)"
 
 
+def test_a_stop_works_for_a_background_job_of_a_shell(keeper: Keeper, tmp_path: Path) -> None:
+    """Such a job ignores SIGINT, and hands that on to what it starts."""
+    keeper.stop()
+    file, log = config_file(tmp_path, lambda config: None), tmp_path / "log.txt"
+    script = (
+        f"HF_HUB_OFFLINE=1 {sys.executable} -m serve_app {file} > {log} 2>&1 & "
+        f"until grep -q ^READY {log}; do sleep 0.2; kill -0 $! || exit 9; done; kill -INT $!; wait $!"
+    )
+    assert subprocess.run(["bash", "-c", script], cwd=ROOT, timeout=180).returncode == 0
+    assert "no clean stop" not in log.read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_leaves_nothing_running(keeper: Keeper, service: Service, number: signal.Signals) -> None:
     started = psutil.Process(service.process.pid).children(recursive=True)
@@ -120,4 +132,4 @@ def test_a_stop_leaves_nothing_running(keeper: Keeper, service: Service, number:
     service.process.send_signal(number)
     assert service.process.wait(90) == 0
     assert [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
-    assert "forced" not in service.log.read_text() and "no clean stop" not in service.log.read_text()
+    assert "no clean stop" not in service.log.read_text()

@@ -1,5 +1,9 @@
 """Engines against the definition: parity, batches that change nothing, order, pooling, a self-test that can fail."""
 
+import asyncio
+import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from serve_app.engines.bert import Bert, reference
 from serve_app.engines.openvino import OpenVinoEngine, settle
 from serve_app.errors import EngineError
 from serve_app.packing import Float32, Packed, concat
+from serve_app.scheduler import Entry, Scheduler
 from tests.model import FOLDER
 
 
@@ -98,7 +103,7 @@ def test_auto_picks_by_device_and_says_why(
 class Wrong:
     """An engine whose vectors a function of the reference's makes wrong."""
 
-    name, precision, device = "wrong", "float32", "cpu"
+    name, precision, device, lanes = "wrong", "float32", "cpu", 1
 
     def __init__(self, network: Bert, spoil: object) -> None:
         self._network, self._spoil = network, spoil
@@ -148,3 +153,34 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
     save_file(tensors | {"embeddings.LayerNorm.weight": norm[:5]}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"is \(5,\), config.json says \(384,\)"):
         bert.load(tmp_path, "mean", True)
+
+
+async def test_no_text_waits_while_the_engine_is_idle_and_batches_grow_while_it_is_busy(network: Bert) -> None:
+    """The real engine behind the real scheduler: arrivals come faster than single texts could be computed."""
+    engine = OpenVinoEngine(network, "auto", 2)
+    text = sequences(24)
+    engine.embed(text)
+    batches: list[tuple[float, float, int]] = []  # began, ended, rows
+
+    async def run(entries: Sequence[Entry[Packed, float]]) -> list[float]:
+        began = time.monotonic()
+        await asyncio.to_thread(engine.embed, concat([entry.job for entry in entries]))
+        batches.append((began, time.monotonic(), len(entries)))
+        return [began] * len(entries)
+
+    scheduler: Scheduler[Packed, float] = Scheduler(run, budget=2048)
+    arrivals: list[tuple[float, asyncio.Task[float]]] = []
+    for _ in range(300):
+        arrivals.append((time.monotonic(), asyncio.create_task(scheduler.submit(text, text.tokens, math.inf))))
+        await asyncio.sleep(0.0005)
+    began = [await task for _, task in arrivals]
+
+    assert sum(rows for _, _, rows in batches) == 300
+    assert max(rows for _, _, rows in batches) > 1, "batches did not grow"
+    for (arrived, _), start in zip(arrivals, began, strict=True):
+        # From the arrival to the start of its own batch, the engine was at work but for the hand-over between batches.
+        busy_s = sum(
+            min(end, start) - max(first, arrived) for first, end, _ in batches if first < start and end > arrived
+        )
+        handovers = sum(1 for first, _, _ in batches if arrived <= first <= start)
+        assert start - arrived - busy_s <= 0.05 * handovers

@@ -57,7 +57,7 @@ def test_it_agrees_with_the_reference(precision: str, lengths: tuple[int, ...]) 
 def test_it_agrees_with_sentence_transformers(precision: str) -> None:
     peer = SentenceTransformer(str(FOLDER), device="cpu")
     peer.max_seq_length = 512
-    words = "how do i reset my password when the quarterly revenue of the shipping order is late".split()
+    words = ["how", "do", "i", "reset", "my", "password", "quarterly", "revenue", "photosynthesis", "late"]
     pick = np.random.default_rng(7)
     texts = [" ".join(pick.choice(words, count)) for count in (1, 2, 9, 9, 9, 30, 62, 63, 200, 510, 700)]
     rows = peer.tokenizer(texts, truncation=True, max_length=512)["input_ids"]
@@ -73,7 +73,7 @@ def test_a_text_has_the_same_vector_alone_and_in_any_batch(precision: str) -> No
     parts = [sequences(length, seed=length) for length in (1, 2, 7, 9, 30, 64, 65, 200, 512)]
     alone = np.concatenate([engine(precision).embed(part) for part in parts])
     random = np.random.default_rng(1)
-    for _ in range(5):
+    for _ in range(3):
         order = random.permutation(len(parts) * 2) % len(parts)
         together = engine(precision).embed(concat([parts[row] for row in order]))
         assert cosines(together, alone[order]).min() >= 0.9999
@@ -94,7 +94,7 @@ def test_no_texts_give_no_vectors() -> None:
 
 
 def test_two_threads_may_embed_at_once() -> None:
-    batches = [sequences(*range(1, 20), seed=seed) for seed in range(8)]
+    batches = [sequences(*range(1, 20), seed=seed) for seed in range(4)]
     alone = [engine("float32").embed(batch) for batch in batches]
     with ThreadPoolExecutor(2) as threads:
         together = list(threads.map(engine("float32").embed, batches))
@@ -227,7 +227,7 @@ class Full(TorchEngine):
 
 def test_memory_that_runs_out_names_the_batch_and_what_to_change() -> None:
     with pytest.raises(
-        EngineError, match="no memory left on .* for a batch of 23 tokens; lower batch_tokens"
+        EngineError, match=r"no memory left on .* for a batch of 23 tokens; lower batch_tokens"
     ) as raised:
         Full(network(), "float32", 2).embed(sequences(20, 3))
     assert raised.value.__context__ is None  # a traceback would keep the tensors that filled it
@@ -272,8 +272,9 @@ def test_calls_in_flight_together_on_a_gpu_do_not_mix() -> None:
 @needs_cuda
 def test_a_batch_over_the_memory_is_refused_and_the_engine_goes_on() -> None:
     opened = TorchEngine(network(), "auto", 2)
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((total - free) / total + 0.001)
+    torch.cuda.empty_cache()
+    total_bytes = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total_bytes + 0.0005)
     try:
         with pytest.raises(EngineError, match="lower batch_tokens"):
             opened.embed(sequences(*[512] * 64))

@@ -23,9 +23,11 @@ T = TypeVar("T")
 
 # Characters of text in one call to a tokenizer: about 10 ms of its work.
 CALL_CHARACTERS = 32_768
-# Calls in flight from one ingress to each stage. Two keep a replica busy while the next call is on its way; more would
-# only spread what could leave together.
+# Calls in flight from one ingress to each stage. A few keep a replica busy while the next call is on its way; more
+# would only spread what could leave together. Full calls gain nothing by waiting, so they go on to where all replicas
+# can share them, and where Serve sees the queue that it scales by.
 CALLS_IN_FLIGHT = 4
+FULL_CALLS_IN_FLIGHT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,10 @@ class Pipeline:
         self._stages = stages
         self._max_request_tokens = max_request_tokens
         self._tokenizing: Scheduler[Sequence[str], Tokenized] = Scheduler(
-            self._tokenize_together, CALL_CHARACTERS, CALLS_IN_FLIGHT
+            self._tokenize_together, CALL_CHARACTERS, CALLS_IN_FLIGHT, FULL_CALLS_IN_FLIGHT
         )
         self._inferring: Scheduler[Packed, Embedded] = Scheduler(
-            self._infer_together, settings.batch_tokens, CALLS_IN_FLIGHT
+            self._infer_together, settings.batch_tokens, CALLS_IN_FLIGHT, FULL_CALLS_IN_FLIGHT
         )
 
     async def discover(self, deadline: float) -> Served:

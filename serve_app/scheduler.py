@@ -41,23 +41,22 @@ class Scheduler(Generic[Job, Result]):
         run: Callable[[Sequence[Entry[Job, Result]]], Awaitable[Sequence[Result]]],
         budget: int,
         concurrency: int = 1,
+        full_concurrency: int = 0,
     ) -> None:
-        """`budget`: most cost in one batch; `concurrency`: batches that may run at once."""
+        """`budget`: most cost in one batch; `concurrency`: batches that may run at once, or, of batches that are full
+        and so would gain nothing from waiting, `full_concurrency` where that is more."""
         self.budget = budget
         self._run = run
         self._concurrency = concurrency
+        self._full_concurrency = full_concurrency
         # The whole state. Only code on the event loop's thread touches it, and never across an await.
         self._waiting: deque[Entry[Job, Result]] = deque()
+        self.waiting_cost = 0  # of the entries in it, those included whose caller has left
         self._running: dict[asyncio.Task[None], float] = {}  # a batch -> when it began
         self._dispatch_is_due = False
 
     def __repr__(self) -> str:
         return f"<Scheduler waiting={len(self._waiting)} running={len(self._running)}>"
-
-    @property
-    def waiting_cost(self) -> int:
-        """Cost of the jobs that wait for a batch."""
-        return sum(entry.cost for entry in self._waiting)
 
     @property
     def running_s(self) -> float:
@@ -69,6 +68,7 @@ class Scheduler(Generic[Job, Result]):
         loop = asyncio.get_running_loop()
         entry: Entry[Job, Result] = Entry(job, cost, time.monotonic(), deadline, loop.create_future())
         self._waiting.append(entry)
+        self.waiting_cost += cost
         self._dispatch_soon(loop)
         return await entry.answer
 
@@ -80,9 +80,13 @@ class Scheduler(Generic[Job, Result]):
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         self._dispatch_is_due = False
-        while len(self._running) < self._concurrency and (batch := self._take()):
+        while len(self._running) < self._allowed() and (batch := self._take()):
             # The dictionary also holds the only strong reference to the task while it runs.
             self._running[loop.create_task(self._run_batch(batch))] = time.monotonic()
+
+    def _allowed(self) -> int:
+        is_full = self.waiting_cost >= self.budget
+        return max(self._concurrency, self._full_concurrency) if is_full else self._concurrency
 
     def _take(self) -> list[Entry[Job, Result]]:
         """The next batch: oldest first, up to the budget or one job; empty if nobody waits for anything."""
@@ -91,6 +95,7 @@ class Scheduler(Generic[Job, Result]):
         spent = 0
         while self._waiting and (not batch or spent + self._waiting[0].cost <= self.budget):
             entry = self._waiting.popleft()
+            self.waiting_cost -= entry.cost
             if entry.answer.done():  # the caller went away
                 continue
             if entry.deadline <= now:

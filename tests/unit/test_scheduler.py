@@ -124,6 +124,22 @@ async def test_concurrency_bounds_the_batches_in_flight(worker: Worker) -> None:
     assert await asyncio.gather(*tasks) == [10, 20, 30, 40, 50]
 
 
+async def test_full_batches_need_not_wait_for_a_place_but_partial_ones_do(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=2, concurrency=1, full_concurrency=3)
+    tasks = submit(scheduler, 1)
+    await worker.began.acquire()
+    tasks += submit(scheduler, 2)  # half a batch: waits
+    await turns()
+    assert worker.batches == [[1]]
+    tasks += submit(scheduler, 3, 4, 5, 6, 7)  # with it three full ones, of which two find a place
+    await turns()
+    assert worker.batches == [[1], [2, 3], [4, 5]]
+    worker.let_finish(5)
+    assert await asyncio.gather(*tasks) == [10, 20, 30, 40, 50, 60, 70]
+    assert worker.batches == [[1], [2, 3], [4, 5], [6, 7]]
+    assert scheduler.waiting_cost == 0
+
+
 async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
     scheduler = Scheduler(worker.run, budget=100)
     first, second, third = submit(scheduler, 1) + submit(scheduler, 2) + submit(scheduler, 3)

@@ -48,11 +48,12 @@ def main() -> int:
     except ValueError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    url = f"http://{shown}:{port}"
     stopping: list[int] = []
     # Before the start: a signal that is handled here is back at its default in the child, while one that a shell had
     # ignored for a background job would be ignored there too.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: stopping.append(received))
     command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
     # A session of its own: a Ctrl-C then reaches this process alone, which passes it on once.
@@ -82,11 +83,14 @@ def check(config: Path) -> tuple[str, int]:
         )
     options = document.get("http_options") or {}
     host, port = options.get("host", "0.0.0.0"), options.get("port", 8000)
+    if not isinstance(port, int):
+        raise ValueError(f"{config}: http_options.port is {port!r}, not a number.")
     if reason := _taken(host, port):
         raise ValueError(
             f"port {port} on {host} can't be used ({reason}): stop what holds it, or set http_options.port in {config}."
         )
-    environment = document.get("controller_options", {}).get("runtime_env", {}).get("env_vars", {}) | os.environ
+    runtime = (document.get("controller_options") or {}).get("runtime_env") or {}
+    environment = (runtime.get("env_vars") or {}) | os.environ
     for name, default in HAPROXY_PORTS.items():
         number = int(environment.get(name, default))
         if environment.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and (reason := _taken("0.0.0.0", number)):
@@ -99,7 +103,7 @@ def check(config: Path) -> tuple[str, int]:
 
 def _taken(host: str, port: int) -> str | None:
     """Why a port can't be listened on; None if it can."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -174,7 +178,7 @@ def ready_lines(url: str, state: dict[str, Any], models: dict[str, Any]) -> list
 def _get(url: str) -> tuple[int, dict[str, Any]]:
     """Status and JSON body; (0, {}) while nothing, or nothing of ours, answers."""
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=6) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         try:

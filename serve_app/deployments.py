@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import grpc
+import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -39,6 +41,11 @@ DISCOVERY_PERIOD_S = 0.5
 DISCOVERY_TIMEOUT_S = 5.0
 # A batch is some hundred milliseconds of work: an engine at the same one for this long hangs.
 ENGINE_STALL_S = 30.0
+# Batches that fail in a row before the engine itself counts as broken, as CUDA is after one fault on the device.
+ENGINE_FAILURES = 5
+# What gRPC says when a replica has gone, is stopping, or broke off.
+LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL}
+RETRY_PAUSE_S = 0.05
 # Characters that are tokenized faster than a thread could be asked to do it.
 INLINE_CHARACTERS = 2_000
 
@@ -75,6 +82,7 @@ class Model:
         network = bert.load(found.folder, found.pooling, found.normalize)
         self._engine = engines.open_engine(network, settings.engine, settings.precision, _cpus())
         self._scheduler: Scheduler[Packed, Embedded] = Scheduler(self._run, settings.batch_tokens, self._engine.lanes)
+        self._failures = 0  # batches in a row
         self._served = Served(
             id=found.id,
             created=int(time.time()),
@@ -85,35 +93,38 @@ class Model:
             dimensions=network.dimensions,
             normalize=found.normalize,
             max_tokens=found.max_tokens,
+            weights=found.digest,
             fingerprint=engines.fingerprint(found.digest, self._engine),
-            tokenizer_digest=found.tokenizer_digest,
+            tokenizer=found.tokenizer_digest,
         )
         logger.info(f"serving {found.id} from {found.origin}, fingerprint {self._served.fingerprint}")
 
     async def infer(self, packed: Packed, timeout_s: float) -> Embedded:
         """Vectors of the sequences, in order; raises DeadlineExceeded if they could not start within `timeout_s`."""
-        answer = await self._infer_together((packed, time.monotonic() + timeout_s))
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        job: asyncio.Task[Embedded] = await self._infer_together((packed, time.monotonic() + timeout_s))
+        return await job
 
     # `@serve.batch` seals a batch at every turn of the loop, whether the engine is free or not, so it only gathers the
-    # calls of one turn; the scheduler behind it holds what waits. With several batches at once there is always one in
-    # the scheduler when the engine gets free. (Serve wants their product within max_ongoing_requests.) A failed call is
-    # an answer here, since an exception would fail every call of the turn.
+    # calls of one turn; the scheduler behind it holds what waits. What this returns at once are jobs in that scheduler:
+    # each call awaits its own, so none waits for another's, fails with another's, or outlives its caller.
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0, max_concurrent_batches=16)
-    async def _infer_together(self, calls: list[tuple[Packed, float]]) -> list[Embedded | BaseException]:
+    async def _infer_together(self, calls: list[tuple[Packed, float]]) -> list[asyncio.Task[Embedded]]:
         jobs = (self._scheduler.submit(packed, packed.tokens, deadline) for packed, deadline in calls)
-        return await asyncio.gather(*jobs, return_exceptions=True)
+        return [asyncio.create_task(job) for job in jobs]
 
     async def _run(self, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
         packed = concat([entry.job for entry in entries])
         started = time.perf_counter()
+        self._failures += 1  # until it has not failed
         vectors = await asyncio.to_thread(self._engine.embed, packed)
+        if not np.isfinite(vectors).all():
+            raise EngineError("the engine gave vectors that are not finite")
+        self._failures = 0
         infer_ms = (time.perf_counter() - started) * 1e3
+        of = self._served
         answers, row = [], 0
         for entry in entries:
-            answers.append(Embedded(vectors[row : row + entry.job.rows], self._served.fingerprint, infer_ms))
+            answers.append(Embedded(vectors[row : row + entry.job.rows], of.weights, of.fingerprint, infer_ms))
             row += entry.job.rows
         return answers
 
@@ -122,7 +133,9 @@ class Model:
         return self._served
 
     async def check_health(self) -> None:
-        """Raises EngineError, upon which Serve replaces this replica, once a batch has hung in the engine."""
+        """Raises EngineError, upon which Serve replaces this replica, once the engine hangs or fails at every batch."""
+        if self._failures >= ENGINE_FAILURES:
+            raise EngineError(f"the engine failed at the last {self._failures} batches")
         if self._scheduler.running_s > ENGINE_STALL_S:
             raise EngineError(f"the engine has been at one batch for {self._scheduler.running_s:.0f} s")
 
@@ -141,7 +154,7 @@ class RemoteStages:
         """What the model's replicas serve; raises ModelUnavailable while none can say, or while they disagree."""
         digest, frame = await self._call(deadline, lambda _: self._tokenizer.describe.remote())
         served = await self._call(deadline, lambda _: self._model.describe.remote())
-        if digest != served.tokenizer_digest:
+        if digest != served.tokenizer:
             raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
         return served, frame
 
@@ -156,15 +169,26 @@ class RemoteStages:
         return embedded
 
     async def _call(self, deadline: float, call: Callable[[float], Awaitable[Any]]) -> Any:
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(RETRY_PAUSE_S * 2**attempt)
             remaining_s = deadline - time.monotonic()
             try:
                 async with asyncio.timeout(remaining_s):
                     return await call(remaining_s)
             except TimeoutError:
                 raise DeadlineExceeded(f"No replica of `{self._name}` answered in time.") from None
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise  # this side gave the call up
+                logger.warning(f"a replica of {self._name} gave up a call while stopping")
             except RayActorError as error:  # the replica died or is out of reach; another one can do the work
                 logger.warning(f"a replica of {self._name} was lost with a call in flight: {type(error).__name__}")
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in LOST:
+                    raise
+                logger.warning(f"a replica of {self._name} was lost with a call in flight: {error.code().name}")
             except RayTaskError as error:  # wraps what the replica raised, with a traceback in its message
                 if isinstance(error.cause, EmbeddingError):
                     raise error.cause from None
@@ -205,7 +229,9 @@ async def _discover(pipeline: Pipeline) -> None:
     while True:
         try:
             served = await pipeline.discover(time.monotonic() + DISCOVERY_TIMEOUT_S)
-        except EmbeddingError:
+        except Exception as error:  # whatever it is, it must not end the asking
+            if not isinstance(error, EmbeddingError):
+                logger.exception(f"asking what {pipeline.settings.id} serves failed")
             await asyncio.sleep(DISCOVERY_PERIOD_S)
         else:
             stand_in = "" if served.id == pipeline.settings.id else f" in place of {pipeline.settings.id}"

@@ -17,6 +17,7 @@ import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi_swagger import patch_fastapi
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -62,16 +63,17 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
     app.openapi = lambda: _document(catalog, settings)  # type: ignore[method-assign]  # as FastAPI's manual has it
     for kind, handler in ((EmbeddingError, _on_embedding_error), (HTTPException, _on_http_error)):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # Starlette types handlers by Exception
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_fault)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         arrived = time.monotonic()
         _authenticate(request, keys)
-        asked = wire.parse(await _read_body(request, settings.max_body_bytes), settings.max_inputs)
-        pipeline = catalog.find(asked.model)
         try:
-            async with asyncio.timeout(settings.request_timeout_s):
+            async with asyncio.timeout(settings.request_timeout_s):  # of a client that sends slowly, too
+                asked = wire.parse(await _read_body(request, settings.max_body_bytes), settings.max_inputs)
+                pipeline = catalog.find(asked.model)
                 answer = await pipeline.embed(
                     asked.inputs, arrived + settings.request_timeout_s, asked.refuse_truncation
                 )
@@ -135,7 +137,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
             allow_headers=["*"],  # a browser's OpenAI client sends Authorization and a dozen x-stainless-* headers
             expose_headers=["x-request-id", "x-model-fingerprint", "x-truncated-inputs", "openai-processing-ms"],
         )
-    return _CanonicalPath(app)
+    return app
 
 
 def _authenticate(request: Request, keys: Keys | None) -> None:
@@ -150,7 +152,7 @@ async def _read_body(request: Request, limit_bytes: int) -> bytes:
     if kind != "application/json":
         raise HTTPException(415, f"Unsupported content type: {kind[:80]!r}. Send 'application/json'.")
     declared = request.headers.get("content-length", "")
-    size_bytes = int(declared) if declared.isdecimal() else 0
+    size_bytes = int(declared[:20]) if declared.isdecimal() else 0
     chunks: list[bytes] = []
     if size_bytes <= limit_bytes:
         size_bytes = 0
@@ -219,9 +221,11 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
     return response
 
 
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
 async def _on_fault(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # nobody reads it
     # Starlette raises the error again after this answer, so that it reaches the log with its traceback.
     return _error(500, "The server had an error while processing your request. Try again.", "server_error")
 
@@ -235,8 +239,14 @@ def _document(catalog: Catalog, settings: Settings) -> dict[str, Any]:
     return document
 
 
-class _CanonicalPath:
-    """Routes by the canonical path."""
+class _CleanScope:
+    """Routes by the canonical path, and keeps from Serve the headers that it would read and clients may not set.
+
+    They would change the service's time limit or a replica's choice, and a byte in them that is no UTF-8 fails the
+    request before it gets here. A request id of plain characters is kept, and echoed by Serve.
+    """
+
+    SERVES_OWN = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id"})
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -244,7 +254,18 @@ class _CanonicalPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope["path"] = canonical(scope["path"])
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if self._may_pass(name, value)]
         await self._app(scope, receive, send)
+
+    def _may_pass(self, name: bytes, value: bytes) -> bool:
+        if name == b"x-request-id":
+            return value.isascii()
+        return name not in self.SERVES_OWN and not name.startswith((b"serve-multiplexed", b"serve_multiplexed"))
+
+
+def middlewares() -> list[Middleware]:
+    """What Serve puts around its own reading of a request (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
+    return [Middleware(_CleanScope)]
 
 
 def canonical(path: str) -> str:

@@ -27,9 +27,8 @@ class Keys:
     def __init__(self, file: Path) -> None:
         """Raises ValueError, with the line's number, if the file can't be read or has a line of another form."""
         self._file = file
-        self._stamp = (-1, -1)
-        self._digests: dict[str, bytes] = {}
-        self._refresh()
+        self._stamp = _stamp(file)
+        self._digests = read(file)
 
     def name_of(self, key: str | None) -> str:
         """The name a key was given out under; raises Unauthenticated."""
@@ -55,18 +54,16 @@ class Keys:
         try:
             self._digests = read(self._file)
         except ValueError as error:
-            if not self._digests:
-                raise
             logger.error(f"{error}; the keys read before stay in force")
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    """What changes when a file does; (0, 0) while there is none."""
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """What changes when a file does; zeros while there is none."""
     try:
         status = file.stat()
     except OSError:
-        return (0, 0)
-    return (status.st_mtime_ns, status.st_ino)
+        return (0, 0, 0)
+    return (status.st_mtime_ns, status.st_ino, status.st_size)
 
 
 def read(file: Path) -> dict[str, bytes]:
@@ -81,6 +78,8 @@ def read(file: Path) -> dict[str, bytes]:
             found = LINE.fullmatch(line.strip())
             if found is None:
                 raise ValueError(f"keys file {file}, line {number}: expected 'NAME sha256:<64 hex digits>'")
+            if found["name"] in digests:
+                raise ValueError(f"keys file {file}, line {number}: a second key named {found['name']!r}")
             digests[found["name"]] = bytes.fromhex(found["digest"])
     return digests
 
@@ -93,8 +92,10 @@ def add(file: Path, name: str) -> str:
         raise ValueError(f"a key's name has 1 to 64 letters, digits or . _ @ -; {name!r} does not")
     if file.exists() and name in read(file):
         raise ValueError(f"{file} already holds a key named {name!r}; take another name, or delete its line first")
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as out:
-        out.write(line)
+    with os.fdopen(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+") as out:
+        out.seek(0)
+        written = out.read()
+        out.write(line if not written or written.endswith("\n") else f"\n{line}")
     return key
 
 
@@ -107,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m serve_app.keys", description="Make API keys.")
     commands = parser.add_subparsers(required=True)
     new = commands.add_parser("new", help="print a new key and store its hash")
-    new.add_argument("name", help="whose key it is; shown in the audit log")
+    new.add_argument("name", help="whose key it is")
     new.add_argument("--file", type=Path, default=Path("keys.txt"), help="the keys file (default: %(default)s)")
     arguments = parser.parse_args()
     try:

@@ -8,7 +8,7 @@ every replica can work on it and no short text waits behind all of it.
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
@@ -28,6 +28,8 @@ CALL_CHARACTERS = 32_768
 # can share them, and where Serve sees the queue that it scales by.
 CALLS_IN_FLIGHT = 4
 FULL_CALLS_IN_FLIGHT = 64
+# Times that a request is computed again while replicas of new weights take the place of old ones.
+ROLLOUT_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Embedded:
     """What a model replica answers: vectors float32 [B, D], by which weights and engine, and its own time."""
 
     vectors: Float32
+    weights: str
     fingerprint: str
     infer_ms: float
 
@@ -52,8 +55,9 @@ class Served:
     dimensions: int
     normalize: bool
     max_tokens: int
+    weights: str  # digest of all that decides the vectors but engine and precision
     fingerprint: str
-    tokenizer_digest: str
+    tokenizer: str  # digest of all that decides the token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +123,14 @@ class Pipeline:
         self._hold_limits(tokenized, frame, refuse_truncation)
         tokenize_ms = (time.perf_counter() - started) * 1e3
         started = time.perf_counter()
-        parts = await self._infer(tokenized.packed, deadline)
+        parts = await self._infer(tokenized.packed, served, deadline)
         # The longest of the parts: those of one request run side by side.
         infer_ms = max(part.infer_ms for part in parts)
-        if parts[0].fingerprint != served.fingerprint:  # replicas were replaced; say what is there now
-            await self.discover(deadline)
         return Answer(
             vectors=parts[0].vectors if len(parts) == 1 else np.concatenate([part.vectors for part in parts]),
             tokens=tokenized.packed.tokens,
             truncated=tokenized.truncated,
-            fingerprint=parts[0].fingerprint,
+            fingerprint=",".join(sorted({part.fingerprint for part in parts})),
             tokenize_ms=tokenize_ms,
             queue_ms=max(0.0, (time.perf_counter() - started) * 1e3 - infer_ms),
             infer_ms=infer_ms,
@@ -157,9 +159,18 @@ class Pipeline:
         ]
         return join(await _all(jobs))
 
-    async def _infer(self, packed: Packed, deadline: float) -> list[Embedded]:
+    async def _infer(self, packed: Packed, served: Served, deadline: float) -> list[Embedded]:
+        """All pieces by the same weights, and by those that were known when the request's model was looked up."""
         pieces = split(packed, self.settings.batch_tokens)
-        return await _all([self._inferring.submit(piece, piece.tokens, deadline) for piece in pieces])
+        name = served.id
+        for _ in range(ROLLOUT_TRIES):
+            parts = await _all([self._inferring.submit(piece, piece.tokens, deadline) for piece in pieces])
+            if {part.weights for part in parts} == {served.weights}:
+                return parts
+            served = await self.discover(deadline)  # replicas were replaced
+            if served.id != name:
+                break
+        raise ModelUnavailable(f"The replicas of `{name}` are changing to other weights; try again.")
 
     async def _tokenize_together(self, entries: Sequence[Entry[Sequence[str], Tokenized]]) -> list[Tokenized]:
         texts = [text for entry in entries for text in entry.job]
@@ -180,7 +191,7 @@ class Pipeline:
         )
         ends = np.cumsum([entry.job.rows for entry in entries])
         return [
-            Embedded(whole.vectors[end - entry.job.rows : end], whole.fingerprint, whole.infer_ms)
+            replace(whole, vectors=whole.vectors[end - entry.job.rows : end])
             for entry, end in zip(entries, ends.tolist(), strict=True)
         ]
 

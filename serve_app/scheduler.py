@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -22,7 +23,7 @@ Result = TypeVar("Result")
 class Entry(Generic[Job, Result]):
     """One job that waits: `cost` in the budget's unit, `arrived` and `deadline` in `time.monotonic()` seconds."""
 
-    job: Job
+    job: Job = field(repr=False)  # somebody's text
     cost: int
     arrived: float
     deadline: float
@@ -76,7 +77,9 @@ class Scheduler(Generic[Job, Result]):
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.
         if not self._dispatch_is_due:
             self._dispatch_is_due = True
-            loop.call_soon(self._dispatch, loop)
+            # In a context of its own: a batch belongs to no one caller, and Serve cancels all calls that were made in
+            # the context of a request whose client leaves.
+            loop.call_soon(self._dispatch, loop, context=Context())
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         self._dispatch_is_due = False
@@ -114,7 +117,11 @@ class Scheduler(Generic[Job, Result]):
                     entry.answer.set_result(result)
         except BaseException as error:
             # A cancelled batch is a failure to its callers, who were not cancelled themselves.
-            shown = DeadlineExceeded("the service is stopping") if isinstance(error, asyncio.CancelledError) else error
+            shown = (
+                DeadlineExceeded("the call was cancelled; try again")
+                if isinstance(error, asyncio.CancelledError)
+                else error
+            )
             for entry in batch:
                 if not entry.answer.done():
                     entry.answer.set_exception(shown)

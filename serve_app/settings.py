@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ModelName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")]
+ModelName = Annotated[
+    str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)*$")
+]
 
 
 class Frozen(BaseModel):
@@ -58,7 +60,7 @@ class ModelSettings(Frozen):
     batch_tokens: int = Field(
         default=2048,
         ge=64,
-        le=1 << 20,
+        le=1 << 18,
         description="Most tokens that the engine takes at a time, and most that one call carries. Larger feeds a GPU "
         "better (65,536), smaller keeps a short text from waiting behind a long list (2,048 on a CPU is 0.1 s).",
     )

@@ -1,19 +1,23 @@
 """Text to token ids, with the model's own tokenizer; the only file that knows the `tokenizers` library."""
 
+import re
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Encoding
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from serve_app.errors import WeightsError
 from serve_app.packing import Frame, Tokenized, enclose
 
-# A text is first cut to this many characters a token that counts: English has 4 to 5, so what lies behind can't count.
-# Without that, a body of one 10 MB text would cost seconds of tokenizing for its first 512 tokens.
+# Of a long text first this many characters a token that counts are tokenized: English has 4 to 5, so that is enough.
+# Else a body of one 16 MB text would cost up to 28 s of work for its first 512 tokens.
 CHARACTERS_A_TOKEN = 16
+# What can be shortened without changing a token: a run of spaces separates words as one does, and a word of over 100
+# characters is unknown whatever it is (`max_input_chars_per_word` of BERT's WordPiece).
+LONG_RUN = re.compile(r"( ) +|([A-Za-z0-9]{200})[A-Za-z0-9]+")
+CUT_REACH_TOKENS = 8  # [MASK] cut in two is five tokens at most
 
 
 class Tokenizer:
@@ -41,27 +45,27 @@ class Tokenizer:
         """
         if self._lowercase:
             texts = [text.lower() for text in texts]
-        heads = [self._head(text) for text in texts]
-        encodings = self._encode(heads)
-        # A head full of spaces or control characters may hold too few tokens: only then is the whole text needed.
-        short = [
-            row
-            for row, (text, head) in enumerate(zip(texts, heads, strict=True))
-            if len(head) < len(text) and len(encodings[row]) <= self.frame.max_tokens - 2
+        short = [text if len(text) <= self._max_characters else "" for text in texts]
+        encodings = self._library.encode_batch_fast(short, add_special_tokens=False)
+        rows = [
+            encoding.ids if len(text) <= self._max_characters else self._ids_of_long(text)
+            for text, encoding in zip(texts, encodings, strict=True)
         ]
-        for row, encoding in zip(short, self._encode([texts[row] for row in short]), strict=True):
-            encodings[row] = encoding
-        rows = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, rows), np.int32, len(rows))
         ids = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum()))
         return enclose(ids, lengths, self.frame)
 
-    def _encode(self, texts: list[str]) -> list[Encoding]:
-        return self._library.encode_batch_fast(texts, add_special_tokens=False)
-
-    def _head(self, text: str) -> str:
-        """The part of a text that can count, cut at a space or line end, which no token crosses; else all of it."""
-        if len(text) <= self._max_characters:
-            return text
-        edge = max(text.rfind(" ", 0, self._max_characters), text.rfind("\n", 0, self._max_characters))
-        return text[:edge] if edge > 0 else text
+    def _ids_of_long(self, text: str) -> list[int]:
+        """Ids of a long text, or, as soon as they are more than can count, of its head."""
+        text, characters = LONG_RUN.sub(r"\1\2", text), self._max_characters
+        while True:
+            # The fast way does not say which word a token belongs to.
+            [head] = self._library.encode_batch([text[:characters]], add_special_tokens=False)
+            if characters >= len(text):
+                return head.ids
+            # No cut behind the head can change more than its last word, and a special token's length before that.
+            words = head.word_ids
+            certain = words.index(words[-1]) - CUT_REACH_TOKENS if words else 0
+            if certain > self.frame.max_tokens:
+                return head.ids[:certain]
+            characters *= 4

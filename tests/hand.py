@@ -22,8 +22,9 @@ def served(model: str = "Mihaiii/Ivysaur") -> Served:
         dimensions=4,
         normalize=True,
         max_tokens=FRAME.max_tokens,
+        weights="w8s",
         fingerprint="f1ve",
-        tokenizer_digest="t0k",
+        tokenizer="t0k",
     )
 
 
@@ -42,6 +43,7 @@ class HandStages:
         self.failure: EmbeddingError | None = None
         self.texts_by_call: list[int] = []
         self.tokens_by_call: list[int] = []
+        self.weights: list[str] = []  # of the next calls' replicas, where they are not those described
 
     async def describe(self, deadline: float) -> tuple[Served, Frame]:
         if self.failure is not None:
@@ -61,4 +63,4 @@ class HandStages:
         sums = [packed.ids[end - length : end].sum() for end, length in zip(ends, packed.lengths.tolist(), strict=True)]
         raw = np.stack([sums, packed.lengths, np.zeros(packed.rows), np.ones(packed.rows)], axis=1)
         vectors = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
-        return Embedded(vectors, "f1ve", 1.0)
+        return Embedded(vectors, self.weights.pop(0) if self.weights else "w8s", "f1ve", 1.0)

@@ -16,7 +16,7 @@ from serve_app.errors import (
     ModelUnavailable,
     Overloaded,
 )
-from serve_app.http import canonical, create_app
+from serve_app.http import canonical, create_app, middlewares
 from serve_app.keys import Keys
 from serve_app.pipeline import Catalog, Pipeline
 from serve_app.settings import ModelSettings, Settings
@@ -30,7 +30,8 @@ async def client(stages: HandStages, keys: Keys | None = None, **settings: objec
     models = Catalog([Pipeline(ModelSettings(), stages, checked.max_request_tokens)])
     if stages.failure is None:
         await models.pipelines[0].discover(0.0)
-    app = create_app(models, checked, keys)
+    [middleware] = middlewares()
+    app = middleware.cls(create_app(models, checked, keys))
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 

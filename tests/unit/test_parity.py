@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from serve_app.engines import bert
 from serve_app.engines.openvino import OpenVinoEngine
 from serve_app.packing import Float32
-from serve_app.tokens import CHARACTERS_A_TOKEN, Tokenizer
+from serve_app.tokens import Tokenizer
 from tests.model import FOLDER
 
 MAX_TOKENS = 512  # the model's position embeddings; its own default of 256 would leave half of them untested
@@ -152,8 +152,27 @@ def test_token_ids_are_the_librarys_own() -> None:
     assert tokenizer().tokenize(texts()).packed.ids.tolist() == expected
 
 
-def test_a_long_text_is_not_tokenized_to_its_end() -> None:
-    assert len(tokenizer()._head("word " * 100_000)) < MAX_TOKENS * CHARACTERS_A_TOKEN
+HUGE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * HUGE,
+        "." * HUGE,
+        "x" * HUGE,
+        "\u4e2d" * HUGE,
+        " " * HUGE + "late",
+        "[MASK]" * HUGE,
+        ("x" * 99 + ".") * 9999,
+    ],
+    ids=["words", "dots", "one word", "chinese", "spaces", "special", "long words"],
+)
+def test_a_huge_text_has_the_librarys_ids_though_most_of_it_is_not_tokenized(text: str) -> None:
+    library = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    library.enable_truncation(MAX_TOKENS)
+    library.no_padding()
+    assert tokenizer().tokenize([text]).packed.ids.tolist() == library.encode(text).ids
 
 
 @pytest.mark.parametrize(("precision", "bar"), [("float32", 0.99999), ("auto", 0.9995)])

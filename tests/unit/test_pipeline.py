@@ -75,6 +75,17 @@ async def test_a_failed_call_fails_its_requests_and_the_next_one_works() -> None
     assert np.allclose((await shared.embed(["again"], FAR)).vectors, [vector("again")])
 
 
+async def test_an_answer_is_never_a_mixture_of_two_weights() -> None:
+    stages = HandStages()
+    texts = [f"text {number}" for number in range(30)]
+    stages.weights = ["w8s", "other"]  # a replica of other weights answers one of the first round's calls
+    answer = await pipeline(stages).embed(texts, FAR)
+    assert np.allclose(answer.vectors, [vector(text) for text in texts])
+    stages.weights = ["other"] * 100
+    with pytest.raises(ModelUnavailable, match="changing to other weights"):
+        await pipeline(stages).embed(texts, FAR)
+
+
 def catalog(*stages: HandStages) -> Catalog:
     settings = [ModelSettings(aliases=("ivy",)), ModelSettings(id="other/model")]
     return Catalog([Pipeline(model, stage, 1000) for model, stage in zip(settings, stages, strict=False)])

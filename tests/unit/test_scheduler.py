@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import pytest
 
@@ -164,6 +165,24 @@ async def test_a_caller_who_leaves_during_its_batch_costs_the_others_nothing(wor
     assert gone.cancelled()
 
 
+async def test_a_batch_runs_in_no_callers_context() -> None:
+    """Serve cancels the calls made in a request's context when its client leaves; a batch holds other clients' jobs."""
+    request: ContextVar[int] = ContextVar("request", default=0)
+    seen: list[int] = []
+
+    async def run(entries: Sequence[Entry[int, int]]) -> list[int]:
+        seen.append(request.get())
+        return [entry.job for entry in entries]
+
+    async def caller(scheduler: Scheduler[int, int], number: int) -> int:
+        request.set(number)
+        return await scheduler.submit(number, 1, FAR)
+
+    scheduler = Scheduler(run, budget=1)
+    assert await asyncio.gather(*(caller(scheduler, number) for number in range(1, 6))) == [1, 2, 3, 4, 5]
+    assert seen == [0] * 5
+
+
 async def test_a_job_past_its_deadline_is_refused_and_not_run(worker: Worker) -> None:
     scheduler = Scheduler(worker.run, budget=100)
     [running] = submit(scheduler, 1)
@@ -206,7 +225,7 @@ async def test_a_cancelled_batch_answers_its_jobs(worker: Worker) -> None:
     await worker.began.acquire()
     for batch in list(scheduler._running):
         batch.cancel()
-    with pytest.raises(DeadlineExceeded, match="stopping"):
+    with pytest.raises(DeadlineExceeded, match="cancelled"):
         await task
     assert repr(scheduler) == "<Scheduler waiting=0 running=0>"
 

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from serve_app import engines, weights
 from serve_app.engines import bert
-from serve_app.errors import DeadlineExceeded, EmbeddingError, EngineError, ModelUnavailable, Overloaded
+from serve_app.errors import DeadlineExceeded, EmbeddingError, EngineError, ModelUnavailable, Overloaded, WeightsError
 from serve_app.http import create_app
 from serve_app.keys import Keys
 from serve_app.packing import Frame, Packed, Tokenized, concat
@@ -61,6 +61,8 @@ class Tokenizer:
         found = weights.resolve(settings)
         self._digest = found.tokenizer_digest
         self._tokenizer = TextTokenizer(found.folder, found.max_tokens, found.lowercase)
+        if (known := self._tokenizer.frame.vocabulary) > found.vocabulary:
+            raise WeightsError(f"{found.folder}: the tokenizer has {known} tokens, the model {found.vocabulary}")
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         """Ids of the texts, in order."""

@@ -97,7 +97,9 @@ class Settings(Frozen):
     )
     keys_file: str | None = Field(
         default=None,
-        description="File of key hashes that `python -m serve_app.keys` writes. Unset, the service is open to all.",
+        pattern="^/",
+        description="Absolute path of the file of key hashes that `python -m serve_app.keys` writes. Unset, the "
+        "service is open to all.",
     )
     cors_origins: tuple[str, ...] = Field(
         default=(),

@@ -67,6 +67,7 @@ class Weights:
     max_tokens: int  # with the start and end tokens
     lowercase: bool  # before the tokenizer, which has a rule of its own
     dimensions: int
+    vocabulary: int
     digest: str  # sha256 of all that decides the vectors, the same wherever it came from
     tokenizer_digest: str  # sha256 of all that decides the token ids
 
@@ -201,6 +202,7 @@ def describe(folder: Path, settings: ModelSettings, model: str, origin: str) -> 
     positions = _count(folder, "max_position_embeddings", config.get("max_position_embeddings"))
     if settings.max_tokens is not None and settings.max_tokens > positions:
         raise WeightsError(f"max_tokens is {settings.max_tokens}, but {model} has position embeddings for {positions}")
+    vocabulary = _count(folder, "vocab_size", config.get("vocab_size"))
     transformer = _read(folder / "sentence_bert_config.json", {})
     # Since release 6 sentence-transformers leaves the limit to the tokenizer's file.
     own = transformer.get("max_seq_length") or _read(folder / "tokenizer_config.json", {}).get("model_max_length")
@@ -212,9 +214,8 @@ def describe(folder: Path, settings: ModelSettings, model: str, origin: str) -> 
     contents = {name: _content_id(folder / name, 64) for name in ("config.json", "tokenizer.json", WEIGHTS)}
     digest = _digest(contents, pooling, settings.normalize, max_tokens, lowercase)
     tokenizer = _digest(contents["tokenizer.json"], max_tokens, lowercase)
-    return Weights(
-        model, folder, origin, pooling, settings.normalize, max_tokens, lowercase, dimensions, digest, tokenizer
-    )
+    sizes = (max_tokens, lowercase, dimensions, vocabulary)
+    return Weights(model, folder, origin, pooling, settings.normalize, *sizes, digest, tokenizer)
 
 
 def _read_pooling(folder: Path) -> Literal["mean", "cls"]:

@@ -44,7 +44,8 @@ def tiny(folder: Path, seed: int = 0) -> Path:
     (folder / "modules.json").write_text(json.dumps(modules))
     write(folder, "1_Pooling/config.json", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
     write(folder, "sentence_bert_config.json", max_seq_length=128, do_lower_case=False)
-    write(folder, "config.json", model_type="bert", hidden_act="gelu", hidden_size=8, max_position_embeddings=512)
+    shape = {"hidden_size": 8, "max_position_embeddings": 512, "vocab_size": 100}
+    write(folder, "config.json", model_type="bert", hidden_act="gelu", **shape)
     write(folder, "tokenizer.json", version="1.0", model={"vocab": {"[UNK]": 0}})
     tensor = np.random.default_rng(seed).normal(size=(500, 8)).astype(np.float32)
     save_file({"embeddings.word_embeddings.weight": tensor}, folder / WEIGHTS)

@@ -1,6 +1,9 @@
 """Several models in one service, one of them broken, behind keys: each is what it says, and none takes another down."""
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,7 @@ from tests.service.conftest import Keeper, Service
 
 pytestmark = pytest.mark.service
 
-KEYS_FILE = Path("/tmp") / f"ivysaur-keys-{id(object())}.txt"
-KEY = ""
+KEYS_FILE = Path(tempfile.mkdtemp()) / "keys.txt"
 SECRET_TEXT = "the launch code is swordfish"
 
 
@@ -46,8 +48,9 @@ def several(config: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def key() -> str:
-    return keys.add(KEYS_FILE, "tests")
+def key() -> Iterator[str]:
+    yield keys.add(KEYS_FILE, "tests")
+    shutil.rmtree(KEYS_FILE.parent)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from serve_app.errors import DeadlineExceeded, EmbeddingError, EngineError, Mode
 from serve_app.http import create_app
 from serve_app.keys import Keys
 from serve_app.packing import Frame, Packed, Tokenized, concat
-from serve_app.pipeline import Catalog, Embedded, Pipeline, Served
+from serve_app.pipeline import Catalog, Embedded, Pipeline, Served, deal
 from serve_app.scheduler import Entry, Scheduler
 from serve_app.settings import ModelSettings, Settings
 
@@ -46,7 +46,7 @@ ENGINE_FAILURES = 5
 # What gRPC says when a replica has gone, is stopping, or broke off.
 LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL}
 RETRY_PAUSE_S = 0.05
-# Characters that are tokenized faster than a thread could be asked to do it.
+# Characters that are tokenized in under a millisecond, which is not worth a thread.
 INLINE_CHARACTERS = 2_000
 
 
@@ -115,20 +115,15 @@ class Model:
         return [asyncio.create_task(job) for job in jobs]
 
     async def _run(self, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
-        packed = concat([entry.job for entry in entries])
+        jobs = [entry.job for entry in entries]
         started = time.perf_counter()
         self._failures += 1  # until it has not failed
-        vectors = await asyncio.to_thread(self._engine.embed, packed)
+        vectors = await asyncio.to_thread(self._engine.embed, concat(jobs))
         if not np.isfinite(vectors).all():
             raise EngineError("the engine gave vectors that are not finite")
         self._failures = 0
         infer_ms = (time.perf_counter() - started) * 1e3
-        of = self._served
-        answers, row = [], 0
-        for entry in entries:
-            answers.append(Embedded(vectors[row : row + entry.job.rows], of.weights, of.fingerprint, infer_ms))
-            row += entry.job.rows
-        return answers
+        return deal(Embedded(vectors, self._served.weights, self._served.fingerprint, infer_ms), jobs)
 
     async def describe(self) -> Served:
         """What this replica serves."""

@@ -186,14 +186,14 @@ class Pipeline:
         return answers
 
     async def _infer_together(self, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
-        whole = await self._stages.infer(
-            concat([entry.job for entry in entries]), max(entry.deadline for entry in entries)
-        )
-        ends = np.cumsum([entry.job.rows for entry in entries])
-        return [
-            replace(whole, vectors=whole.vectors[end - entry.job.rows : end])
-            for entry, end in zip(entries, ends.tolist(), strict=True)
-        ]
+        jobs = [entry.job for entry in entries]
+        return deal(await self._stages.infer(concat(jobs), max(entry.deadline for entry in entries)), jobs)
+
+
+def deal(whole: Embedded, jobs: Sequence[Packed]) -> list[Embedded]:
+    """To each job its own rows of the vectors that were computed for all of them together, in order."""
+    ends = np.cumsum([job.rows for job in jobs]).tolist()
+    return [replace(whole, vectors=whole.vectors[end - job.rows : end]) for job, end in zip(jobs, ends, strict=True)]
 
 
 async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:

@@ -14,9 +14,9 @@ from serve_app.packing import Frame, Tokenized, enclose
 # Of a long text first this many characters a token that counts are tokenized: English has 4 to 5, so that is enough.
 # Else a body of one 16 MB text would cost up to 28 s of work for its first 512 tokens.
 CHARACTERS_A_TOKEN = 16
-# What can be shortened without changing a token: a run of spaces separates words as one does, and a word of over 100
-# characters is unknown whatever it is (`max_input_chars_per_word` of BERT's WordPiece).
-LONG_RUN = re.compile(r"( ) +|([A-Za-z0-9]{200})[A-Za-z0-9]+")
+# What can be shortened without changing a token: a run of white space separates words as one space does, and a
+# word of over 100 characters is unknown whatever it is (`max_input_chars_per_word` of BERT's WordPiece).
+LONG_RUN = re.compile(r"([ \t\r\n])[ \t\r\n]+|([A-Za-z0-9]{200})[A-Za-z0-9]+")
 CUT_REACH_TOKENS = 8  # [MASK] cut in two is five tokens at most
 
 

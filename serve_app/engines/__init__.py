@@ -52,10 +52,19 @@ def choose(engine: str, precision: str, has_cuda: bool, has_openvino: bool) -> t
     return "torch", "auto: no CUDA device here, and OpenVINO is not installed or has no float16 on CPU"
 
 
+def sees_cuda(visible: str | None, has_driver: bool) -> bool:
+    """Whether CUDA devices are meant for this process; `visible` is CUDA_VISIBLE_DEVICES, None where it is not set.
+
+    >>> sees_cuda(None, True), sees_cuda("", True), sees_cuda("-1", True), sees_cuda("0", True), sees_cuda(None, False)
+    (True, False, False, True, False)
+    """
+    return has_driver and visible not in ("", "-1")
+
+
 def open_engine(bert: Bert, engine: str, precision: str, threads: int) -> Engine:
     """Build the engine, warm it up and hold it against the reference; raises EngineError if it fails that test."""
     # Asking torch costs seconds of import, so it is asked only where a CUDA device was handed to this process.
-    has_cuda = os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1") or Path("/dev/nvidiactl").exists()
+    has_cuda = sees_cuda(os.environ.get("CUDA_VISIBLE_DEVICES"), Path("/dev/nvidiactl").exists())
     has_openvino = importlib.util.find_spec("openvino") is not None
     backend, why = choose(engine, precision, has_cuda, has_openvino)
     started = time.perf_counter()
@@ -80,7 +89,7 @@ def open_engine(bert: Bert, engine: str, precision: str, threads: int) -> Engine
 def self_test(engine: Engine, bert: Bert) -> float:
     """The lowest cosine between the engine's vectors and the reference's, over short, long and mixed sequences.
 
-    Runs each shape once before, which is the warm-up. Raises EngineError under the precision's bar.
+    A first run before it is the warm-up. Raises EngineError under the precision's bar.
     """
     random = np.random.default_rng(384)
     lengths = np.array([3, 9, 1, 33, 9, 64], np.int32)

@@ -1,6 +1,5 @@
 """The pure decisions: cutting, grouping, padding, enclosing; limits at 0, 1, n and n + 1."""
 
-import doctest
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app import packing
 from serve_app.errors import InvalidInput
 from serve_app.packing import ClientIds, Frame, Packed, accept_ids, bucket, concat, cuts, enclose, group, pad, split
 
@@ -31,10 +29,6 @@ def rows_of(sequences: Packed) -> list[list[int]]:
     return [
         sequences.ids[end - length : end].tolist() for end, length in zip(ends, sequences.lengths.tolist(), strict=True)
     ]
-
-
-def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(packing).failed == 0
 
 
 @given(st.lists(st.integers(0, 100)), st.integers(1, 100))

@@ -163,10 +163,11 @@ HUGE = 1 << 20
         "x" * HUGE,
         "\u4e2d" * HUGE,
         " " * HUGE + "late",
+        "\t\r\n " * HUGE + "late",
         "[MASK]" * HUGE,
         ("x" * 99 + ".") * 9999,
     ],
-    ids=["words", "dots", "one word", "chinese", "spaces", "special", "long words"],
+    ids=["words", "dots", "one word", "chinese", "spaces", "white space", "special", "long words"],
 )
 def test_a_huge_text_has_the_librarys_ids_though_most_of_it_is_not_tokenized(text: str) -> None:
     library = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))

@@ -62,7 +62,8 @@ class ModelSettings(Frozen):
         ge=64,
         le=1 << 18,
         description="Most tokens that the engine takes at a time, and most that one call carries. Larger feeds a GPU "
-        "better (65,536), smaller keeps a short text from waiting behind a long list (2,048 on a CPU is 0.1 s).",
+        "better (65,536), smaller keeps a short text from waiting behind a long list (2,048 are 0.1 to 0.2 s "
+        "of two cores).",
     )
 
     @property

@@ -16,7 +16,7 @@ from serve_app.packing import Float32, Packed, bucket, group, pad
 
 # Most padded tokens in one launch: 1,024 x 384 x 4 inner x 2 bytes of activations stay within a core's share of cache.
 LAUNCH_TOKENS = 1024
-# What one launch costs before its first token, in tokens' worth of time: about 1 ms at 30 tokens a millisecond.
+# What one launch costs before its first token, in tokens' worth of time: about 1 to 2 ms.
 LAUNCH_OVERHEAD_TOKENS = 32
 # An additive mask large enough to end a softmax's share, small enough for every precision.
 MASKED = np.float32(-1e4)

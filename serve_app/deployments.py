@@ -9,43 +9,41 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import grpc
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app import engines, weights
+from serve_app.channel import Endpoint, Listener, Pool
 from serve_app.engines import bert
-from serve_app.errors import DeadlineExceeded, EmbeddingError, EngineError, ModelUnavailable, Overloaded, WeightsError
+from serve_app.errors import EmbeddingError, EngineError, ModelUnavailable, WeightsError
 from serve_app.http import create_app
 from serve_app.keys import Keys
 from serve_app.packing import Frame, Packed, Tokenized, concat
-from serve_app.pipeline import Catalog, Embedded, Pipeline, Served, deal
+from serve_app.pipeline import Catalog, Described, Embedded, Pipeline, Served, deal
 from serve_app.scheduler import Entry, Scheduler
 from serve_app.settings import ModelSettings, Settings
 
 logger = logging.getLogger("ray.serve")
 
-# Times that a call is made at most. Embedding twice is harmless, so what a dying replica had accepted is sent again.
-ATTEMPTS = 3
-# How often the ingress asks a model that has not answered yet what it serves, and how long it waits for that.
+# How often the ingress asks which replicas there are, and how much of its time it may spend on that; how often while
+# none has answered yet; and how long it waits for the answers.
+REFRESH_PERIOD_S = 1.0
+REFRESH_SHARE = 0.02
 DISCOVERY_PERIOD_S = 0.5
 DISCOVERY_TIMEOUT_S = 5.0
 # A batch is some hundred milliseconds of work: an engine at the same one for this long hangs.
 ENGINE_STALL_S = 30.0
 # Batches that fail in a row before the engine itself counts as broken, as CUDA is after one fault on the device.
 ENGINE_FAILURES = 5
-# What gRPC says when a replica has gone, is stopping, or broke off.
-LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL}
-RETRY_PAUSE_S = 0.05
 # Characters that are tokenized in under a millisecond, which is not worth a thread.
 INLINE_CHARACTERS = 2_000
 
@@ -63,16 +61,29 @@ class Tokenizer:
         self._tokenizer = TextTokenizer(found.folder, found.max_tokens, found.lowercase)
         if (known := self._tokenizer.frame.vocabulary) > found.vocabulary:
             raise WeightsError(f"{found.folder}: the tokenizer has {known} tokens, the model {found.vocabulary}")
+        self._listener = Listener({"tokenize": self.tokenize, "hand_over": self.hand_over})
+        self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
 
-    async def tokenize(self, texts: Sequence[str]) -> Tokenized:
+    async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         """Ids of the texts, in order."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self._tokenizer.tokenize(texts)
         return await asyncio.to_thread(self._tokenizer.tokenize, texts)
 
-    async def describe(self) -> tuple[str, Frame]:
-        """The digest of this replica's tokenizer, to be held against the model's, and what it puts around texts."""
-        return self._digest, self._tokenizer.frame
+    async def hand_over(self, _: None, deadline: float) -> Any:
+        """The tokenizer itself, for callers that do short texts on their own."""
+        return self._tokenizer
+
+    async def describe(self) -> tuple[str, Frame, Endpoint]:
+        """The digest of this replica's tokenizer, to be held against the model's; its frame; where it listens."""
+        return self._digest, self._tokenizer.frame, await self._endpoint
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """What serve_app.autoscale decides by."""
+        return {"ongoing_calls": self._listener.ongoing_calls}
+
+    async def __del__(self) -> None:  # Serve awaits it before it ends a replica that it stops
+        await self._listener.close()
 
 
 @serve.deployment(max_ongoing_requests=256, health_check_period_s=5, health_check_timeout_s=10)
@@ -99,16 +110,21 @@ class Model:
             fingerprint=engines.fingerprint(found.digest, self._engine),
             tokenizer=found.tokenizer_digest,
         )
+        self._listener = Listener({"infer": self.infer})
+        self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
         logger.info(f"serving {found.id} from {found.origin}, fingerprint {self._served.fingerprint}")
 
-    async def infer(self, packed: Packed, timeout_s: float) -> Embedded:
-        """Vectors of the sequences, in order; raises DeadlineExceeded if they could not start within `timeout_s`."""
-        job: asyncio.Task[Embedded] = await self._infer_together((packed, time.monotonic() + timeout_s))
+    async def infer(self, packed: Packed, deadline: float) -> Embedded:
+        """Vectors of the sequences, in order; raises DeadlineExceeded if they could not start in time."""
+        if self._scheduler.is_idle:
+            return await self._scheduler.submit(packed, packed.tokens, deadline)
+        job: asyncio.Task[Embedded] = await self._infer_together((packed, deadline))
         return await job
 
     # `@serve.batch` seals a batch at every turn of the loop, whether the engine is free or not, so it only gathers the
     # calls of one turn; the scheduler behind it holds what waits. What this returns at once are jobs in that scheduler:
-    # each call awaits its own, so none waits for another's, fails with another's, or outlives its caller.
+    # each call awaits its own, so none waits for another's, fails with another's, or outlives its caller. With an idle
+    # engine there is nothing to gather, and the decorator's own turns of the loop would take 0.4 ms.
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0, max_concurrent_batches=16)
     async def _infer_together(self, calls: list[tuple[Packed, float]]) -> list[asyncio.Task[Embedded]]:
         jobs = (self._scheduler.submit(packed, packed.tokens, deadline) for packed, deadline in calls)
@@ -125,9 +141,16 @@ class Model:
         infer_ms = (time.perf_counter() - started) * 1e3
         return deal(Embedded(vectors, self._served.weights, self._served.fingerprint, infer_ms), jobs)
 
-    async def describe(self) -> Served:
-        """What this replica serves."""
-        return self._served
+    async def describe(self) -> tuple[Served, Endpoint]:
+        """What this replica serves, and where it listens."""
+        return self._served, await self._endpoint
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """What serve_app.autoscale decides by."""
+        return {"ongoing_calls": self._listener.ongoing_calls}
+
+    async def __del__(self) -> None:  # Serve awaits it before it ends a replica that it stops
+        await self._listener.close()
 
     async def check_health(self) -> None:
         """Raises EngineError, upon which Serve replaces this replica, once the engine hangs or fails at every batch."""
@@ -138,63 +161,64 @@ class Model:
 
 
 class RemoteStages:
-    """The stages of one model as calls to its deployments: retried where that is safe, never past the deadline."""
+    """The stages of one model, as calls to the replicas that Serve names."""
 
     def __init__(self, name: str, tokenizer: DeploymentHandle[Any], model: DeploymentHandle[Any]) -> None:
-        # Plain pickle writes arrays and strings faster than Serve's default, which can also pickle code.
-        options: dict[str, Any] = {"request_serialization": "pickle", "response_serialization": "pickle"}
         self._name = name
-        self._tokenizer = tokenizer.options(**options)
-        self._model = model.options(**options)
+        self._handles = (tokenizer, model)
+        self._tokenizers, self._models = Pool(name), Pool(name)
+        self._weights = ""  # of the models that calls go to
+        self._tokenizer: Any = None  # the tokenizers' own, once it was handed over
+        self._digest = ""  # and its digest
 
-    async def describe(self, deadline: float) -> tuple[Served, Frame]:
-        """What the model's replicas serve; raises ModelUnavailable while none can say, or while they disagree."""
-        digest, frame = await self._call(deadline, lambda _: self._tokenizer.describe.remote())
-        served = await self._call(deadline, lambda _: self._model.describe.remote())
-        if digest != served.tokenizer:
+    async def describe(self, deadline: float) -> Described:
+        """Ask all replicas what they serve, and keep to those that agree; raises ModelUnavailable while none do."""
+        tokenizers, models = await asyncio.gather(*(self._ask(handle, deadline) for handle in self._handles))
+        digests = {digest for digest, _, _ in tokenizers}
+        self._weights = choose([served for served, _ in models if served.tokenizer in digests], self._weights)
+        if not self._weights:
             raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
-        return served, frame
+        chosen = [(served, endpoint) for served, endpoint in models if served.weights == self._weights]
+        served = chosen[0][0]
+        matching = [(frame, endpoint) for digest, frame, endpoint in tokenizers if digest == served.tokenizer]
+        await asyncio.gather(
+            self._models.update(endpoint for _, endpoint in chosen),
+            self._tokenizers.update(endpoint for _, endpoint in matching),
+        )
+        if self._digest != served.tokenizer:
+            self._tokenizer = await self._tokenizers.call("hand_over", None, 0, deadline)
+            self._digest = served.tokenizer
+        return Described(served, matching[0][0], len(matching), len(chosen), self._tokenizer.tokenize)
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         """Ids of the texts, in order."""
-        tokenized: Tokenized = await self._call(deadline, lambda _: self._tokenizer.tokenize.remote(texts))
+        tokenized: Tokenized = await self._tokenizers.call("tokenize", texts, sum(map(len, texts)), deadline)
         return tokenized
 
     async def infer(self, packed: Packed, deadline: float) -> Embedded:
         """Vectors of the sequences, in order."""
-        embedded: Embedded = await self._call(deadline, lambda left_s: self._model.infer.remote(packed, left_s))
+        embedded: Embedded = await self._models.call("infer", packed, packed.tokens, deadline)
         return embedded
 
-    async def _call(self, deadline: float, call: Callable[[float], Awaitable[Any]]) -> Any:
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(RETRY_PAUSE_S * 2**attempt)
-            remaining_s = deadline - time.monotonic()
-            try:
-                async with asyncio.timeout(remaining_s):
-                    return await call(remaining_s)
-            except TimeoutError:
-                raise DeadlineExceeded(f"No replica of `{self._name}` answered in time.") from None
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise  # this side gave the call up
-                logger.warning(f"a replica of {self._name} gave up a call while stopping")
-            except RayActorError as error:  # the replica died or is out of reach; another one can do the work
-                logger.warning(f"a replica of {self._name} was lost with a call in flight: {type(error).__name__}")
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in LOST:
-                    raise
-                logger.warning(f"a replica of {self._name} was lost with a call in flight: {error.code().name}")
-            except RayTaskError as error:  # wraps what the replica raised, with a traceback in its message
-                if isinstance(error.cause, EmbeddingError):
-                    raise error.cause from None
-                raise
-            except BackPressureError:
-                raise Overloaded(f"All replicas of `{self._name}` are busy.", retry_after_s=1) from None
-            except DeploymentUnavailableError:
-                raise ModelUnavailable(f"The model `{self._name}` failed to load; the server's log says why.") from None
-        raise ModelUnavailable(f"The model `{self._name}` lost {ATTEMPTS} replicas in a row; try again.")
+    async def _ask(self, handle: DeploymentHandle[Any], deadline: float) -> list[Any]:
+        try:
+            replies = await handle.broadcast("describe").results_async(
+                timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True
+            )
+        except (TimeoutError, DeploymentUnavailableError):
+            replies = []
+        answers = [reply for reply in replies if not isinstance(reply, BaseException)]
+        if not answers:
+            raise ModelUnavailable(
+                f"No replica of `{self._name}` is there: it is loading, or failed to load; the server's log says which."
+            )
+        return answers
+
+
+def choose(models: Sequence[Served], current: str) -> str:
+    """The weights that most of the replicas serve, and of two with as many the current ones; "" if there are none."""
+    replicas = Counter(served.weights for served in models)
+    return max(replicas, key=lambda found: (replicas[found], found == current), default="")
 
 
 @serve.deployment(max_ongoing_requests=4096)
@@ -215,25 +239,37 @@ class Ingress:
                 for model, (tokenizer, replica) in zip(settings.models, handles, strict=True)
             ]
         )
-        self._discoveries = [asyncio.ensure_future(_discover(pipeline)) for pipeline in self._catalog.pipelines]
+        self._refreshing = [asyncio.ensure_future(_refresh(pipeline)) for pipeline in self._catalog.pipelines]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._catalog, self._settings, self._keys)
 
 
-async def _discover(pipeline: Pipeline) -> None:
-    """Ask until the model says what it serves: it may take minutes to load, and must not keep the others waiting."""
+async def _refresh(pipeline: Pipeline) -> None:
+    """Keep asking who is there: a model may take minutes to load and must not keep the others waiting, and replicas
+    come and go."""
+    known = None
     while True:
+        started = time.monotonic()
         try:
-            served = await pipeline.discover(time.monotonic() + DISCOVERY_TIMEOUT_S)
+            found = await pipeline.discover(started + DISCOVERY_TIMEOUT_S)
         except Exception as error:  # whatever it is, it must not end the asking
             if not isinstance(error, EmbeddingError):
                 logger.exception(f"asking what {pipeline.settings.id} serves failed")
-            await asyncio.sleep(DISCOVERY_PERIOD_S)
         else:
-            stand_in = "" if served.id == pipeline.settings.id else f" in place of {pipeline.settings.id}"
-            logger.info(f"{served.id} is served{stand_in}, fingerprint {served.fingerprint}")
-            return
+            served = found.served
+            if known != served.fingerprint:
+                known = served.fingerprint
+                stand_in = "" if served.id == pipeline.settings.id else f" in place of {pipeline.settings.id}"
+                logger.info(f"{served.id} is served{stand_in}, fingerprint {known}")
+        took_s = time.monotonic() - started
+        await asyncio.sleep(max(REFRESH_PERIOD_S, took_s / REFRESH_SHARE) if known else DISCOVERY_PERIOD_S)
+
+
+def _host() -> str:
+    """The address under which this replica's node is known to the others."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _cpus() -> int:

@@ -66,7 +66,6 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_fault)
 
-    @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         arrived = time.monotonic()
         _authenticate(request, keys)
@@ -91,6 +90,9 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
             "x-truncated-inputs": str(answer.truncated),
         }
         return Response(body, media_type="application/json", headers=headers)
+
+    # A plain route: FastAPI's own would first parse cookies and a query for parameters that this one has none of.
+    app.add_route("/v1/embeddings", embeddings, methods=["POST"])
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

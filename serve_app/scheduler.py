@@ -47,8 +47,8 @@ class Scheduler(Generic[Job, Result]):
         """`budget`: most cost in one batch; `concurrency`: batches that may run at once, or, of batches that are full
         and so would gain nothing from waiting, `full_concurrency` where that is more."""
         self.budget = budget
+        self.concurrency = concurrency
         self._run = run
-        self._concurrency = concurrency
         self._full_concurrency = full_concurrency
         # The whole state. Only code on the event loop's thread touches it, and never across an await.
         self._waiting: deque[Entry[Job, Result]] = deque()
@@ -58,6 +58,11 @@ class Scheduler(Generic[Job, Result]):
 
     def __repr__(self) -> str:
         return f"<Scheduler waiting={len(self._waiting)} running={len(self._running)}>"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a job submitted now would start at once, alone."""
+        return not self._waiting and not self._running
 
     @property
     def running_s(self) -> float:
@@ -77,19 +82,19 @@ class Scheduler(Generic[Job, Result]):
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.
         if not self._dispatch_is_due:
             self._dispatch_is_due = True
-            # In a context of its own: a batch belongs to no one caller, and Serve cancels all calls that were made in
-            # the context of a request whose client leaves.
-            loop.call_soon(self._dispatch, loop, context=Context())
+            loop.call_soon(self._dispatch, loop)
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         self._dispatch_is_due = False
         while len(self._running) < self._allowed() and (batch := self._take()):
-            # The dictionary also holds the only strong reference to the task while it runs.
-            self._running[loop.create_task(self._run_batch(batch))] = time.monotonic()
+            # In a context of its own: a batch belongs to no one caller, and Serve cancels all calls that were made in
+            # the context of a request whose client leaves.
+            task = loop.create_task(self._run_batch(batch), context=Context())
+            self._running[task] = time.monotonic()  # also the only strong reference to the task while it runs
 
     def _allowed(self) -> int:
         is_full = self.waiting_cost >= self.budget
-        return max(self._concurrency, self._full_concurrency) if is_full else self._concurrency
+        return max(self.concurrency, self._full_concurrency) if is_full else self.concurrency
 
     def _take(self) -> list[Entry[Job, Result]]:
         """The next batch: oldest first, up to the budget or one job; empty if nobody waits for anything."""
@@ -111,7 +116,14 @@ class Scheduler(Generic[Job, Result]):
     async def _run_batch(self, batch: list[Entry[Job, Result]]) -> None:
         # Everything is inside the try: an answer left unset would leave its caller waiting for ever.
         try:
-            results = await self._run(batch)
+            try:
+                results = await self._run(batch)
+            finally:
+                self._finish()
+            if self._running:
+                # One turn of the loop for the next batch to leave before this one's callers go on: rendering their
+                # answers takes milliseconds, for which the worker would wait.
+                await asyncio.sleep(0)
             for entry, result in zip(batch, results, strict=True):
                 if not entry.answer.done():
                     entry.answer.set_result(result)
@@ -127,8 +139,9 @@ class Scheduler(Generic[Job, Result]):
                     entry.answer.set_exception(shown)
             if not isinstance(error, Exception):
                 raise
-        finally:
-            task = asyncio.current_task()
-            assert task is not None, "a batch runs as a task. This is a bug."
-            del self._running[task]
-            self._dispatch_soon(task.get_loop())
+
+    def _finish(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a batch runs as a task. This is a bug."
+        del self._running[task]
+        self._dispatch(task.get_loop())

@@ -6,7 +6,7 @@ import numpy as np
 
 from serve_app.errors import EmbeddingError
 from serve_app.packing import Frame, Packed, Tokenized, enclose
-from serve_app.pipeline import Embedded, Served
+from serve_app.pipeline import Described, Embedded, Served
 
 FRAME = Frame(start_id=101, end_id=102, vocabulary=1000, max_tokens=16)
 
@@ -35,6 +35,11 @@ def vector(text: str) -> list[float]:
     return (raw / np.linalg.norm(raw)).tolist()
 
 
+def tokenized(texts: Sequence[str]) -> Tokenized:
+    lengths = np.array([len(text) for text in texts], np.int32)
+    return enclose(np.array([ord(c) for text in texts for c in text], np.int64), lengths, FRAME)
+
+
 class HandStages:
     """Counts its calls; raises `failure` where one is set."""
 
@@ -45,15 +50,14 @@ class HandStages:
         self.tokens_by_call: list[int] = []
         self.weights: list[str] = []  # of the next calls' replicas, where they are not those described
 
-    async def describe(self, deadline: float) -> tuple[Served, Frame]:
+    async def describe(self, deadline: float) -> Described:
         if self.failure is not None:
             raise self.failure
-        return served(self.model), FRAME
+        return Described(served(self.model), FRAME, tokenizers=1, models=1, tokenize=tokenized)
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         self.texts_by_call.append(len(texts))
-        lengths = np.array([len(text) for text in texts], np.int32)
-        return enclose(np.array([ord(c) for text in texts for c in text], np.int64), lengths, FRAME)
+        return tokenized(texts)
 
     async def infer(self, packed: Packed, deadline: float) -> Embedded:
         if self.failure is not None:

@@ -10,8 +10,9 @@ import serve_app
 PACKAGE = Path(serve_app.__file__).parent
 # From the leaves up: a file may import only what stands before it.
 ORDER = (
-    "errors", "settings", "packing", "scheduler", "engines.bert", "engines", "engines.openvino", "engines.torch",
-    "tokens", "weights", "pipeline", "wire", "keys", "http", "deployments", "__main__",
+    "errors", "settings", "autoscale", "packing", "scheduler", "channel", "engines.bert", "engines",
+    "engines.openvino", "engines.torch", "tokens", "weights", "pipeline", "wire", "keys", "http", "deployments",
+    "__main__",
 )  # fmt: skip
 HOMES = {
     "ray": {"deployments"},

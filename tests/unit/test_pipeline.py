@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
 from serve_app.packing import ClientIds
-from serve_app.pipeline import CALLS_IN_FLIGHT, Catalog, Pipeline
+from serve_app.pipeline import CALLS_IN_FLIGHT, SHORT_CHARACTERS, Catalog, Pipeline
 from serve_app.settings import ModelSettings
 from tests.hand import HandStages, vector
 
@@ -31,11 +31,20 @@ async def test_vectors_come_in_the_order_of_the_inputs_across_many_calls() -> No
 async def test_requests_that_arrive_while_calls_are_in_flight_leave_together() -> None:
     stages = HandStages()
     shared = pipeline(stages, batch_tokens=4096)
-    texts = [f"text {number}" for number in range(100)]
+    texts = [f"{number:3} " + "x" * SHORT_CHARACTERS for number in range(100)]
     answers = await asyncio.gather(*(shared.embed([text], FAR) for text in texts))
     assert np.allclose(np.concatenate([answer.vectors for answer in answers]), [vector(text) for text in texts])
-    assert len(stages.texts_by_call) <= 1 + CALLS_IN_FLIGHT
-    assert len(stages.tokens_by_call) <= 1 + CALLS_IN_FLIGHT
+    # 32 of these texts are a full call, and full calls need no place in flight
+    assert len(stages.texts_by_call) <= 4 + CALLS_IN_FLIGHT
+    assert len(stages.tokens_by_call) <= 4 + CALLS_IN_FLIGHT
+
+
+async def test_a_short_text_is_tokenized_where_it_arrives_and_a_long_one_by_the_stage() -> None:
+    stages = HandStages()
+    for characters in (1, SHORT_CHARACTERS, SHORT_CHARACTERS + 1):
+        text = "x" * characters
+        assert np.allclose((await pipeline(stages).embed([text], FAR)).vectors, [vector(text)])
+        assert stages.texts_by_call == ([1] if characters > SHORT_CHARACTERS else [])
 
 
 async def test_token_ids_need_no_tokenizer() -> None:

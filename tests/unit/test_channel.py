@@ -1,0 +1,215 @@
+"""Calls between replicas over real sockets: order, errors, strangers, and what happens when a replica goes away."""
+
+import asyncio
+import pickle
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.channel import ATTEMPTS, HEADER, MAX_PAYLOAD_BYTES, Endpoint, Listener, Pool
+from serve_app.errors import DeadlineExceeded, EngineError, InvalidInput, ModelUnavailable
+
+HOST = "127.0.0.1"
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+class Process:
+    """A replica that answers, waits at a gate, or fails, as its caller says, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.gate = asyncio.Event()
+        self.arrived = asyncio.Event()
+        self.listener = Listener({"echo": self.echo, "wait": self.wait, "fail": self.fail})
+
+    async def echo(self, job: Any, deadline: float) -> Any:
+        self.asked.append(job)
+        return job
+
+    async def wait(self, job: Any, deadline: float) -> Any:
+        self.arrived.set()
+        await self.gate.wait()
+        return await self.echo(job, deadline)
+
+    async def fail(self, error: Exception, deadline: float) -> Any:
+        raise error
+
+    def die(self) -> None:
+        """As when a process ends: the system closes its connections."""
+        for peer in self.listener.peers:
+            peer.abort()
+
+
+class Service:
+    """Replicas and a pool of them, all closed at the end of a test."""
+
+    def __init__(self) -> None:
+        self.pool = Pool("Mihaiii/Ivysaur")
+        self._processes: list[Process] = []
+
+    async def start(self, count: int) -> tuple[list[Process], list[Endpoint]]:
+        started = [Process() for _ in range(count)]
+        self._processes += started
+        return started, [await process.listener.open(HOST) for process in started]
+
+    async def stop(self) -> None:
+        await self.pool.update([])
+        for process in self._processes:
+            process.gate.set()
+            await process.listener.close()
+            await asyncio.sleep(0.01)  # for the sockets to close, which nothing tells
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    service = Service()
+    yield service
+    await service.stop()
+
+
+async def test_many_calls_at_once_each_get_their_own_answer(service: Service) -> None:
+    _, endpoints = await service.start(2)
+    await service.pool.update(endpoints)
+    jobs = [np.full(1 + 97 * number, number, np.int32) for number in range(200)]  # up to 78 kB: many reads a frame
+    answers = await asyncio.gather(*(service.pool.call("echo", job, len(job), soon()) for job in jobs))
+    assert all(np.array_equal(answer, job) for answer, job in zip(answers, jobs, strict=True))
+
+
+async def test_the_least_loaded_replica_is_called(service: Service) -> None:
+    [busy, free], [first, second] = await service.start(2)
+    await service.pool.update([first])
+    held = asyncio.ensure_future(service.pool.call("wait", "long", 1000, soon()))
+    await busy.arrived.wait()
+    await service.pool.update([first, second])
+    for number in range(10):
+        await service.pool.call("echo", number, 10, soon())
+    assert free.asked == list(range(10))
+    busy.gate.set()
+    assert await held == "long"
+
+
+@pytest.mark.parametrize("error", [InvalidInput("'input' is odd.", "input"), ModelUnavailable("later")])
+async def test_the_services_own_errors_arrive_as_they_were_raised(service: Service, error: Exception) -> None:
+    _, endpoints = await service.start(1)
+    await service.pool.update(endpoints)
+    with pytest.raises(type(error)) as caught:
+        await service.pool.call("fail", error, 1, soon())
+    assert str(caught.value) == str(error) and vars(caught.value) == vars(error)
+
+
+async def test_any_other_error_arrives_without_its_message(service: Service) -> None:
+    _, endpoints = await service.start(1)
+    await service.pool.update(endpoints)
+    with pytest.raises(EngineError, match=r"^a replica failed with ValueError$"):
+        await service.pool.call("fail", ValueError("somebody's text"), 1, soon())
+    with pytest.raises(EngineError, match=r"^a replica failed with KeyError$"):
+        await service.pool.call("no such method", None, 1, soon())
+    assert await service.pool.call("echo", "still there", 1, soon()) == "still there"
+
+
+async def test_calls_of_a_replica_that_dies_are_made_again_at_another(service: Service) -> None:
+    [dying, other], [first, second] = await service.start(2)
+    await service.pool.update([first])
+    calls = [asyncio.ensure_future(service.pool.call("wait", number, 1, soon())) for number in range(20)]
+    await dying.arrived.wait()
+    await service.pool.update([first, second])
+    other.gate.set()
+    dying.die()
+    assert await asyncio.gather(*calls) == list(range(20))
+    assert sorted(other.asked) == list(range(20))
+    assert await service.pool.call("echo", "after", 1, soon()) == "after"
+
+
+async def test_a_call_waits_for_a_replica_to_come(service: Service) -> None:
+    call = asyncio.ensure_future(service.pool.call("echo", "early", 1, soon()))
+    await service.pool.update([])
+    _, endpoints = await service.start(1)
+    await service.pool.update(endpoints)
+    assert await call == "early"
+
+
+async def test_a_call_ends_at_its_deadline_with_no_replica_or_a_silent_one(service: Service) -> None:
+    with pytest.raises(DeadlineExceeded, match="No replica of `Mihaiii/Ivysaur` answered in time"):
+        await service.pool.call("echo", 1, 1, time.monotonic() + 0.05)
+    [replica], endpoints = await service.start(1)
+    await service.pool.update(endpoints)
+    with pytest.raises(DeadlineExceeded):
+        await service.pool.call("wait", "late", 1, time.monotonic() + 0.05)
+    replica.gate.set()  # the late answer is dropped, and does not go to the next call
+    assert await service.pool.call("echo", "next", 1, soon()) == "next"
+
+
+async def test_it_gives_up_after_replicas_died_in_a_row(service: Service) -> None:
+    replicas, endpoints = await service.start(ATTEMPTS)
+    await service.pool.update(endpoints)
+    call = asyncio.ensure_future(service.pool.call("wait", "poison", 1, soon()))
+    while replicas:
+        arrivals = [asyncio.ensure_future(replica.arrived.wait()) for replica in replicas]
+        await asyncio.wait(arrivals, return_when=asyncio.FIRST_COMPLETED)
+        for arrival in arrivals:
+            arrival.cancel()
+        victim = next(replica for replica in replicas if replica.arrived.is_set())
+        replicas.remove(victim)
+        victim.die()
+    with pytest.raises(ModelUnavailable, match=f"lost {ATTEMPTS} replicas in a row"):
+        await call
+
+
+async def test_a_replica_that_leaves_the_list_finishes_its_calls_and_gets_no_more(service: Service) -> None:
+    [leaving, staying], [first, second] = await service.start(2)
+    await service.pool.update([first])
+    held = asyncio.ensure_future(service.pool.call("wait", "held", 1, soon()))
+    await leaving.arrived.wait()
+    await service.pool.update([second])
+    assert await service.pool.call("echo", "new", 1, soon()) == "new"
+    closing = asyncio.ensure_future(leaving.listener.close())
+    leaving.gate.set()
+    assert await held == "held"
+    await closing
+    assert leaving.asked == ["held"] and staying.asked == ["new"] and leaving.listener.ongoing_calls == 0
+
+
+async def test_a_stranger_is_cut_off_before_anything_is_read(service: Service) -> None:
+    [replica], [endpoint] = await service.start(1)
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    writer.write(b"x" * len(endpoint.secret) + HEADER.pack(0, 3, False) + b"abc")
+    with suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    writer.close()
+    await service.pool.update([replace(endpoint, secret=bytes(len(endpoint.secret)))])
+    with pytest.raises(DeadlineExceeded):
+        await service.pool.call("echo", 1, 1, time.monotonic() + 0.2)
+    assert replica.asked == []
+    assert repr(endpoint.secret) not in repr(endpoint)
+
+
+async def test_a_frame_over_the_limit_closes_the_connection(service: Service) -> None:
+    _, [endpoint] = await service.start(1)
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    writer.write(endpoint.secret + HEADER.pack(0, MAX_PAYLOAD_BYTES + 1, False))
+    with suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_secret_and_frames_may_come_byte_by_byte(service: Service) -> None:
+    [replica], [endpoint] = await service.start(1)
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    payload = pickle.dumps(("echo", "job", 20.0))
+    for byte in endpoint.secret + (HEADER.pack(7, len(payload), False) + payload) * 2:
+        writer.write(bytes([byte]))
+        await writer.drain()
+        await asyncio.sleep(0)
+    for _ in range(2):
+        number, size_bytes, is_error = HEADER.unpack(await reader.readexactly(HEADER.size))
+        assert (number, is_error) == (7, False) and pickle.loads(await reader.readexactly(size_bytes)) == "job"
+    assert replica.asked == ["job", "job"]
+    writer.close()

@@ -103,6 +103,7 @@ class Model:
             engine=self._engine.name,
             precision=self._engine.precision,
             device=self._engine.device,
+            lanes=self._engine.lanes,
             dimensions=network.dimensions,
             normalize=found.normalize,
             max_tokens=found.max_tokens,

@@ -63,6 +63,10 @@ class DeadlineExceeded(EmbeddingError):
     """The work was dropped because nobody would wait for its answer any more."""
 
 
+class CallerGone(EmbeddingError):
+    """The caller left before the work began, so it was not done."""
+
+
 class EngineError(EmbeddingError):
     """The engine failed, or gave vectors that can't be right."""
 

@@ -13,7 +13,7 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from serve_app.errors import DeadlineExceeded
+from serve_app.errors import CallerGone, DeadlineExceeded
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -27,6 +27,7 @@ class Entry(Generic[Job, Result]):
     cost: int
     arrived: float
     deadline: float
+    is_gone: Callable[[], bool]  # whether the caller has left
     answer: asyncio.Future[Result] = field(repr=False)
 
 
@@ -54,6 +55,7 @@ class Scheduler(Generic[Job, Result]):
         self._waiting: deque[Entry[Job, Result]] = deque()
         self.waiting_cost = 0  # of the entries in it, those included whose caller has left
         self._running: dict[asyncio.Task[None], float] = {}  # a batch -> when it began
+        self._running_partial = 0  # of those, the ones that were not full
         self._dispatch_is_due = False
 
     def __repr__(self) -> str:
@@ -69,10 +71,13 @@ class Scheduler(Generic[Job, Result]):
         """How long the oldest batch has been running; 0.0 while the worker is idle."""
         return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
-    async def submit(self, job: Job, cost: int, deadline: float) -> Result:
-        """Queue a job and wait for its answer; cancel this call to withdraw the job."""
+    async def submit(self, job: Job, cost: int, deadline: float, is_gone: Callable[[], bool] = lambda: False) -> Result:
+        """Queue a job and wait for its answer; cancel this call to withdraw the job.
+
+        `is_gone` is asked once, before the job's batch begins: a caller that has left by then gets CallerGone.
+        """
         loop = asyncio.get_running_loop()
-        entry: Entry[Job, Result] = Entry(job, cost, time.monotonic(), deadline, loop.create_future())
+        entry: Entry[Job, Result] = Entry(job, cost, time.monotonic(), deadline, is_gone, loop.create_future())
         self._waiting.append(entry)
         self.waiting_cost += cost
         self._dispatch_soon(loop)
@@ -86,15 +91,21 @@ class Scheduler(Generic[Job, Result]):
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         self._dispatch_is_due = False
-        while len(self._running) < self._allowed() and (batch := self._take()):
+        while self._may_start():
+            is_full = self.waiting_cost >= self.budget
+            if not (batch := self._take()):
+                break
             # In a context of its own: a batch belongs to no one caller, and Serve cancels all calls that were made in
             # the context of a request whose client leaves.
-            task = loop.create_task(self._run_batch(batch), context=Context())
+            task = loop.create_task(self._run_batch(batch, is_full), context=Context())
             self._running[task] = time.monotonic()  # also the only strong reference to the task while it runs
+            self._running_partial += not is_full
 
-    def _allowed(self) -> int:
-        is_full = self.waiting_cost >= self.budget
-        return max(self.concurrency, self._full_concurrency) if is_full else self.concurrency
+    def _may_start(self) -> bool:
+        if len(self._running) >= max(self.concurrency, self._full_concurrency):
+            return False
+        # What is not full does not wait for what is: a short text would wait for all of a long list.
+        return self.waiting_cost >= self.budget or self._running_partial < self.concurrency
 
     def _take(self) -> list[Entry[Job, Result]]:
         """The next batch: oldest first, up to the budget or one job; empty if nobody waits for anything."""
@@ -104,7 +115,10 @@ class Scheduler(Generic[Job, Result]):
         while self._waiting and (not batch or spent + self._waiting[0].cost <= self.budget):
             entry = self._waiting.popleft()
             self.waiting_cost -= entry.cost
-            if entry.answer.done():  # the caller went away
+            if entry.answer.done():  # the caller withdrew it
+                continue
+            if entry.is_gone():
+                entry.answer.set_exception(CallerGone("the caller left"))
                 continue
             if entry.deadline <= now:
                 entry.answer.set_exception(DeadlineExceeded(f"waited {now - entry.arrived:.1f} s for a free worker"))
@@ -113,13 +127,13 @@ class Scheduler(Generic[Job, Result]):
             spent += entry.cost
         return batch
 
-    async def _run_batch(self, batch: list[Entry[Job, Result]]) -> None:
+    async def _run_batch(self, batch: list[Entry[Job, Result]], is_full: bool) -> None:
         # Everything is inside the try: an answer left unset would leave its caller waiting for ever.
         try:
             try:
                 results = await self._run(batch)
             finally:
-                self._finish()
+                self._finish(is_full)
             if self._running:
                 # One turn of the loop for the next batch to leave before this one's callers go on: rendering their
                 # answers takes milliseconds, for which the worker would wait.
@@ -140,8 +154,9 @@ class Scheduler(Generic[Job, Result]):
             if not isinstance(error, Exception):
                 raise
 
-    def _finish(self) -> None:
+    def _finish(self, is_full: bool) -> None:
         task = asyncio.current_task()
         assert task is not None, "a batch runs as a task. This is a bug."
         del self._running[task]
+        self._running_partial -= not is_full
         self._dispatch(task.get_loop())

@@ -19,6 +19,7 @@ def served(model: str = "Mihaiii/Ivysaur") -> Served:
         engine="hand",
         precision="float32",
         device="cpu",
+        lanes=1,
         dimensions=4,
         normalize=True,
         max_tokens=FRAME.max_tokens,

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 
 import pytest
 
-from serve_app.errors import DeadlineExceeded
+from serve_app.errors import CallerGone, DeadlineExceeded
 from serve_app.scheduler import Entry, Scheduler
 
 FAR = time.monotonic() + 3600
@@ -141,6 +141,20 @@ async def test_full_batches_need_not_wait_for_a_place_but_partial_ones_do(worker
     assert scheduler.waiting_cost == 0
 
 
+async def test_a_partial_batch_does_not_wait_for_full_ones(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=2, concurrency=1, full_concurrency=8)
+    bulk = submit(scheduler, *range(6))
+    await turns()
+    [short] = submit(scheduler, 9)
+    await turns()
+    assert worker.batches == [[0, 1], [2, 3], [4, 5], [9]]
+    [next_short] = submit(scheduler, 10)
+    await turns()
+    assert worker.batches[4:] == []  # one partial batch at a time
+    worker.let_finish(5)
+    assert await asyncio.gather(*bulk, short, next_short) == [0, 10, 20, 30, 40, 50, 90, 100]
+
+
 async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
     scheduler = Scheduler(worker.run, budget=100)
     first, second, third = submit(scheduler, 1) + submit(scheduler, 2) + submit(scheduler, 3)
@@ -153,6 +167,42 @@ async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
     worker.let_finish(2)
     assert await asyncio.gather(first, second, third, late[1]) == [10, 20, 30, 50]
     assert worker.batches == [[1, 2, 3], [5]]
+
+
+async def test_a_job_whose_caller_is_gone_when_its_turn_comes_is_never_run(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100)
+    [first] = submit(scheduler, 1)
+    await turns()
+    gone: list[int] = []
+    waiting = {
+        job: asyncio.create_task(scheduler.submit(job, 1, FAR, lambda job=job: job in gone))  # type: ignore[misc]
+        for job in (2, 3, 4)
+    }
+    await turns()
+    gone.append(3)
+    worker.let_finish(2)
+    assert [await first, await waiting[2], await waiting[4]] == [10, 20, 40]
+    with pytest.raises(CallerGone):
+        await waiting[3]
+    assert worker.batches == [[1], [2, 4]]
+
+
+async def test_the_next_batch_begins_before_the_callers_of_the_last_one_go_on() -> None:
+    order: list[str] = []
+
+    async def run(entries: Sequence[Entry[int, int]]) -> list[int]:
+        order.append(f"batch {[entry.job for entry in entries]}")
+        await asyncio.sleep(0)
+        return [entry.job for entry in entries]
+
+    scheduler = Scheduler(run, budget=2)
+
+    async def caller(job: int) -> None:
+        await scheduler.submit(job, 1, FAR)
+        order.append(f"caller {job}")
+
+    await asyncio.gather(*(caller(job) for job in range(4)))
+    assert order == ["batch [0, 1]", "batch [2, 3]", "caller 0", "caller 1", "caller 2", "caller 3"]
 
 
 async def test_a_caller_who_leaves_during_its_batch_costs_the_others_nothing(worker: Worker) -> None:

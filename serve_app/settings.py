@@ -43,8 +43,10 @@ class ModelSettings(Frozen):
         default="main",
         description="The hub's commit, tag or branch. Pin a commit in production, or two replicas may load two models.",
     )
-    engine: Literal["auto", "openvino", "torch"] = Field(
-        default="auto", description="`auto` takes torch where the replica has a CUDA device, else OpenVINO, else torch."
+    engine: Literal["auto", "openvino", "torch", "sleep"] = Field(
+        default="auto",
+        description="`auto` takes torch where the replica has a CUDA device, else OpenVINO, else torch. `sleep` only "
+        "takes time, for tests of scale: its vectors are not the model's.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

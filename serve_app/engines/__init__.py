@@ -63,6 +63,11 @@ def sees_cuda(visible: str | None, has_driver: bool) -> bool:
 
 def open_engine(bert: Bert, engine: str, precision: str, threads: int) -> Engine:
     """Build the engine, warm it up and hold it against the reference; raises EngineError if it fails that test."""
+    if engine == "sleep":
+        from serve_app.engines.sleep import SleepEngine
+
+        logger.warning("this replica only sleeps: its vectors are not the model's")
+        return SleepEngine(bert)
     # Asking torch costs seconds of import, so it is asked only where a CUDA device was handed to this process.
     has_cuda = sees_cuda(os.environ.get("CUDA_VISIBLE_DEVICES"), Path("/dev/nvidiactl").exists())
     has_openvino = importlib.util.find_spec("openvino") is not None

@@ -131,6 +131,18 @@ def test_the_self_test_passes_a_right_engine(network: Bert) -> None:
     assert self_test(Wrong(network, lambda v: v * np.float32(3)), network) == pytest.approx(1.0)  # type: ignore[arg-type]
 
 
+def test_the_sleeping_engine_takes_its_time_and_tells_texts_and_orders_apart(network: Bert) -> None:
+    engine = open_engine(network, "sleep", "auto", 1)
+    packed = Packed(np.array([101, 2000, 102, 101, 3000, 4000, 102], np.int32), np.array([3, 4], np.int32))
+    started = time.monotonic()
+    vectors = engine.embed(packed)
+    assert time.monotonic() - started >= 0.012
+    assert vectors.shape == (2, network.dimensions) and vectors.dtype == np.float32
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=1e-5)
+    alone = engine.embed(Packed(packed.ids[3:], packed.lengths[1:]))
+    assert np.allclose(alone[0], vectors[1]) and float(vectors[0] @ vectors[1]) < 0.99
+
+
 def test_a_fingerprint_changes_with_weights_engine_and_precision(network: Bert) -> None:
     engine = open_engine(network, "openvino", "float32", 1)
     first = engines.fingerprint("digest", engine)

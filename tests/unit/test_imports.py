@@ -11,7 +11,7 @@ PACKAGE = Path(serve_app.__file__).parent
 # From the leaves up: a file may import only what stands before it.
 ORDER = (
     "errors", "settings", "autoscale", "packing", "scheduler", "channel", "engines.bert", "engines",
-    "engines.openvino", "engines.torch", "tokens", "weights", "pipeline", "wire", "keys", "http", "deployments",
+    "engines.openvino", "engines.torch", "engines.sleep", "tokens", "weights", "pipeline", "wire", "keys", "http", "deployments",
     "__main__",
 )  # fmt: skip
 HOMES = {
@@ -24,7 +24,7 @@ HOMES = {
     "pydantic": {"settings", "__main__"},
 }
 # `engines` picks a backend and opens it there and then, so that the others are never loaded.
-LATE = {("engines", "engines.openvino"), ("engines", "engines.torch")}
+LATE = {("engines", "engines.openvino"), ("engines", "engines.torch"), ("engines", "engines.sleep")}
 
 
 def module_name(file: Path) -> str:

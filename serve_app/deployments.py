@@ -135,7 +135,11 @@ class Model:
         jobs = [entry.job for entry in entries]
         started = time.perf_counter()
         self._failures += 1  # until it has not failed
-        vectors = await asyncio.to_thread(self._engine.embed, concat(jobs))
+        packed = concat(jobs)
+        if packed.tokens <= self._engine.brief_tokens:
+            vectors = self._engine.embed(packed)
+        else:
+            vectors = await asyncio.to_thread(self._engine.embed, packed)
         if not np.isfinite(vectors).all():
             raise EngineError("the engine gave vectors that are not finite")
         self._failures = 0

@@ -133,11 +133,8 @@ class Scheduler(Generic[Job, Result]):
             try:
                 results = await self._run(batch)
             finally:
+                # The next batch begins before this one's callers go on, so the worker need not wait for them.
                 self._finish(is_full)
-            if self._running:
-                # One turn of the loop for the next batch to leave before this one's callers go on: rendering their
-                # answers takes milliseconds, for which the worker would wait.
-                await asyncio.sleep(0)
             for entry, result in zip(batch, results, strict=True):
                 if not entry.answer.done():
                     entry.answer.set_result(result)

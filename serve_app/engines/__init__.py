@@ -25,12 +25,13 @@ SELF_TEST_COSINE = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
 
 class Engine(Protocol):
     """One model on one device. `embed` blocks, lets other threads run while it computes, and may be called by `lanes`
-    threads at once."""
+    threads at once. A batch of up to `brief_tokens` is over sooner than a thread is worth waking for it."""
 
     name: str
     precision: Precision
     device: str
     lanes: int
+    brief_tokens: int
 
     def embed(self, packed: Packed) -> Float32:
         """Vectors, float32 [B, D], in the order of the rows."""

@@ -98,7 +98,7 @@ class TorchEngine:
     the computing of the other, and a third waits; on a CPU one call keeps all its threads busy by itself.
     """
 
-    name = "torch"
+    name, brief_tokens = "torch", 0
 
     def __init__(self, bert: Bert, precision: str, threads: int) -> None:
         """`threads`: how many the CPU may keep busy, for the whole process; a GPU does not ask for it."""

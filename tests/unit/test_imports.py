@@ -11,8 +11,8 @@ PACKAGE = Path(serve_app.__file__).parent
 # From the leaves up: a file may import only what stands before it.
 ORDER = (
     "errors", "settings", "autoscale", "packing", "scheduler", "channel", "engines.bert", "engines",
-    "engines.openvino", "engines.torch", "engines.sleep", "tokens", "weights", "pipeline", "wire", "keys", "http", "deployments",
-    "__main__",
+    "engines.openvino", "engines.torch", "engines.sleep", "tokens", "weights", "pipeline", "wire", "keys", "http",
+    "deployments", "__main__",
 )  # fmt: skip
 HOMES = {
     "ray": {"deployments"},

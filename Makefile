@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check format clean
+.PHONY: serve test bench check format clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/python -m serve_app serve_config.yaml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m loadtest.bench
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,4 +35,9 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.serve
+
+$(VENV)/.bench: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@ $(VENV)/.serve

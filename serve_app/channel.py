@@ -12,17 +12,16 @@ import asyncio
 import hmac
 import logging
 import pickle
-import random
 import secrets
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, cast
 
-from serve_app.errors import DeadlineExceeded, EmbeddingError, EngineError, ModelUnavailable
+from serve_app.errors import EmbeddingError, EngineError
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,12 +31,13 @@ Method = Callable[[Any, float], Awaitable[Any]]
 HEADER = struct.Struct("<QIB")  # the call's number, the payload's bytes, whether the payload is an error
 MAX_PAYLOAD_BYTES = 1 << 28
 SECRET_BYTES = 32
-# A peer whose host has gone says nothing, so silence must end the connection: probes after 5 s of it, every 2 s, three
-# times; and what was sent must arrive within 10 s.
-KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
-CONNECT_TIMEOUT_S = 3.0
-# Times that a call is made at most. Embedding twice is harmless, so what a dying replica had accepted is sent again.
-ATTEMPTS = 3
+# A peer whose host has gone says nothing, so silence must end the connection: probes after 5 s of it, every 2 s, and
+# the end once nothing was confirmed for 10 s.
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_USER_TIMEOUT": 10_000}
+# How long a peer may take to show the secret.
+TRUST_TIMEOUT_S = 3.0
+# How long a replica that is leaving may take for the calls that it has; then they are made again at others.
+RETIRE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class Listener:
     def __init__(self, methods: Mapping[str, Method]) -> None:
         self._methods = methods
         self._secret = secrets.token_bytes(SECRET_BYTES)
+        self._server: asyncio.Server | None = None
         self._calls: set[asyncio.Task[None]] = set()
         self.peers: set[asyncio.Transport] = set()
 
@@ -117,7 +118,8 @@ class Listener:
 
     async def close(self) -> None:
         """Take no new peers, answer every call that came, then let the peers go."""
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         while self._calls:
             await asyncio.wait(self._calls)
         for peer in self.peers:
@@ -132,15 +134,24 @@ class Listener:
         task.add_done_callback(self._calls.discard)
 
     async def _answer(self, peer: "_Answering", number: int, payload: bytes) -> None:
+        answer, is_error = await self._result(payload)
+        try:
+            if not peer.transport.is_closing():  # else nobody is there to read it
+                peer.send(number, answer, is_error)
+        except Exception:  # what can't be sent: the caller tries another replica rather than wait
+            logger.exception("an answer could not be sent")
+            peer.transport.abort()
+
+    async def _result(self, payload: bytes) -> tuple[Any, bool]:
         try:
             name, job, timeout_s = pickle.loads(payload)
-            peer.send(number, await self._methods[name](job, time.monotonic() + timeout_s))
+            return await self._methods[name](job, time.monotonic() + timeout_s), False
         except EmbeddingError as error:
-            peer.send(number, error, is_error=True)
-        except Exception as error:
+            return error, True
+        except (Exception, asyncio.CancelledError) as error:
             # The traceback stays in this replica's log; the message may hold somebody's text, so it stays too.
             logger.exception("a call failed")
-            peer.send(number, EngineError(f"a replica failed with {type(error).__name__}"), is_error=True)
+            return EngineError(f"a replica failed with {type(error).__name__}"), True
 
 
 class _Answering(_Frames):
@@ -154,6 +165,11 @@ class _Answering(_Frames):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._listener.peers.add(self.transport)
+        asyncio.get_running_loop().call_later(TRUST_TIMEOUT_S, self._distrust)
+
+    def _distrust(self) -> None:
+        if not self._is_trusted:
+            self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._listener.peers.discard(self.transport)
@@ -176,7 +192,7 @@ class _Answering(_Frames):
         self._listener.start(self, number, payload)
 
 
-class _Channel(_Frames):
+class Channel(_Frames):
     """The caller's side of a connection, with any number of calls in flight."""
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -202,14 +218,17 @@ class _Channel(_Frames):
     def frame_received(self, number: int, payload: bytes, is_error: bool) -> None:
         answer = self._answers.pop(number, None)
         if answer is not None and not answer.done():  # else the caller gave it up
-            value = pickle.loads(payload)
+            try:
+                value = pickle.loads(payload)
+            except Exception as error:  # a replica of other code
+                value, is_error = EngineError(f"an answer can't be read: {type(error).__name__}"), True
             answer.set_exception(value) if is_error else answer.set_result(value)
-        self._close_if_idle()
 
     def retire(self) -> None:
-        """Take no more calls and close once those in flight are answered."""
+        """Take no more calls, and close once those in flight are answered or have been given time enough."""
         self._is_retired = True
         self._close_if_idle()
+        asyncio.get_running_loop().call_later(RETIRE_TIMEOUT_S, self.transport.abort)
 
     def _close_if_idle(self) -> None:
         if self._is_retired and not self._answers:
@@ -227,60 +246,4 @@ class _Channel(_Frames):
         finally:
             self.load -= cost
             self._answers.pop(number, None)
-
-
-class Pool:
-    """The replicas of one deployment: a call goes to the one with the least work, and to another if that one dies."""
-
-    def __init__(self, name: str) -> None:
-        """`name` is what the errors call the replicas' model."""
-        self._name = name
-        self._channels: dict[Endpoint, _Channel] = {}
-        self._changed = asyncio.Event()
-
-    async def update(self, endpoints: Iterable[Endpoint]) -> None:
-        """Connect to those of these that are new, and send no more calls to those that are not among them."""
-        wanted = set(endpoints)
-        for endpoint in self._channels.keys() - wanted:
-            self._channels.pop(endpoint).retire()
-        new = [each for each in wanted if each not in self._channels or not self._channels[each].is_open]
-        for endpoint, channel in zip(new, await asyncio.gather(*map(_connect, new)), strict=True):
-            if channel is not None:
-                self._channels[endpoint] = channel
-        self._changed.set()
-
-    async def call(self, method: str, job: Any, cost: int, deadline: float) -> Any:
-        """The answer of a replica; raises DeadlineExceeded, ModelUnavailable, or the replica's own EmbeddingError."""
-        lost: list[_Channel] = []
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                while len(lost) < ATTEMPTS:
-                    channel = await self._least_loaded(lost)
-                    try:
-                        return await channel.call(method, job, cost, deadline - time.monotonic())
-                    except PeerLost:
-                        logger.warning(f"a replica of {self._name} was lost with a call in flight")
-                        lost.append(channel)
-        except TimeoutError:
-            raise DeadlineExceeded(f"No replica of `{self._name}` answered in time.") from None
-        raise ModelUnavailable(f"The model `{self._name}` lost {ATTEMPTS} replicas in a row; try again.")
-
-    async def _least_loaded(self, lost: list[_Channel]) -> _Channel:
-        while True:
-            candidates = [each for each in self._channels.values() if each.is_open and each not in lost]
-            if candidates:
-                return min(candidates, key=lambda channel: (channel.load, random.random()))
-            self._changed.clear()
-            await self._changed.wait()
-
-
-async def _connect(endpoint: Endpoint) -> _Channel | None:
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            _, channel = await asyncio.get_running_loop().create_connection(
-                lambda: _Channel(endpoint), endpoint.host, endpoint.port
-            )
-            return channel
-    except (OSError, TimeoutError) as error:
-        logger.warning(f"{endpoint} can't be reached: {type(error).__name__}")
-        return None
+            self._close_if_idle()

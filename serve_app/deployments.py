@@ -9,7 +9,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,24 +21,20 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app import engines, weights
-from serve_app.channel import Endpoint, Listener, Pool
+from serve_app.channel import Endpoint, Listener
+from serve_app.discovery import choose, refresh
 from serve_app.engines import bert
-from serve_app.errors import EmbeddingError, EngineError, ModelUnavailable, WeightsError
+from serve_app.errors import EngineError, ModelUnavailable, WeightsError
 from serve_app.http import create_app
 from serve_app.keys import Keys
 from serve_app.packing import Frame, Packed, Tokenized, concat
 from serve_app.pipeline import Catalog, Described, Embedded, Pipeline, Served, deal
+from serve_app.pool import Pool
 from serve_app.scheduler import Entry, Scheduler
 from serve_app.settings import ModelSettings, Settings
 
 logger = logging.getLogger("ray.serve")
 
-# How often the ingress asks which replicas there are, and how much of its time it may spend on that; how often while
-# none has answered yet; and how long it waits for the answers.
-REFRESH_PERIOD_S = 1.0
-REFRESH_SHARE = 0.02
-DISCOVERY_PERIOD_S = 0.5
-DISCOVERY_TIMEOUT_S = 5.0
 # A batch is some hundred milliseconds of work: an engine at the same one for this long hangs.
 ENGINE_STALL_S = 30.0
 # Batches that fail in a row before the engine itself counts as broken, as CUDA is after one fault on the device.
@@ -70,9 +65,13 @@ class Tokenizer:
             return self._tokenizer.tokenize(texts)
         return await asyncio.to_thread(self._tokenizer.tokenize, texts)
 
-    async def hand_over(self, _: None, deadline: float) -> Any:
-        """The tokenizer itself, for callers that do short texts on their own."""
-        return self._tokenizer
+    async def hand_over(self, _: None, deadline: float) -> tuple[str, Any]:
+        """The tokenizer itself with its digest, for callers that do short texts on their own."""
+        return self._digest, self._tokenizer
+
+    async def check_health(self) -> None:
+        """Raises OSError, upon which Serve replaces this replica, where it could not listen."""
+        await self._endpoint
 
     async def describe(self) -> tuple[str, Frame, Endpoint]:
         """The digest of this replica's tokenizer, to be held against the model's; its frame; where it listens."""
@@ -82,8 +81,9 @@ class Tokenizer:
         """What serve_app.autoscale decides by."""
         return {"ongoing_calls": self._listener.ongoing_calls}
 
-    async def __del__(self) -> None:  # Serve awaits it before it ends a replica that it stops
-        await self._listener.close()
+    async def __del__(self) -> None:  # Serve awaits it before it ends a replica, also one that could not start
+        if hasattr(self, "_listener"):
+            await self._listener.close()
 
 
 @serve.deployment(max_ongoing_requests=256, health_check_period_s=5, health_check_timeout_s=10)
@@ -154,11 +154,14 @@ class Model:
         """What serve_app.autoscale decides by."""
         return {"ongoing_calls": self._listener.ongoing_calls}
 
-    async def __del__(self) -> None:  # Serve awaits it before it ends a replica that it stops
-        await self._listener.close()
+    async def __del__(self) -> None:  # Serve awaits it before it ends a replica, also one that could not start
+        if hasattr(self, "_listener"):
+            await self._listener.close()
 
     async def check_health(self) -> None:
-        """Raises EngineError, upon which Serve replaces this replica, once the engine hangs or fails at every batch."""
+        """Raises EngineError, upon which Serve replaces this replica, once the engine hangs or fails at every batch; or
+        OSError where it could not listen."""
+        await self._endpoint
         if self._failures >= ENGINE_FAILURES:
             raise EngineError(f"the engine failed at the last {self._failures} batches")
         if self._scheduler.running_s > ENGINE_STALL_S:
@@ -191,8 +194,9 @@ class RemoteStages:
             self._tokenizers.update(endpoint for _, endpoint in matching),
         )
         if self._digest != served.tokenizer:
-            self._tokenizer = await self._tokenizers.call("hand_over", None, 0, deadline)
-            self._digest = served.tokenizer
+            self._digest, self._tokenizer = await self._tokenizers.call("hand_over", None, 0, deadline)
+            if self._digest != served.tokenizer:
+                raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
         return Described(served, matching[0][0], len(matching), len(chosen), self._tokenizer.tokenize)
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
@@ -207,23 +211,21 @@ class RemoteStages:
 
     async def _ask(self, handle: DeploymentHandle[Any], deadline: float) -> list[Any]:
         try:
-            replies = await handle.broadcast("describe").results_async(
-                timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True
-            )
+            async with asyncio.timeout(deadline - time.monotonic()):
+                # Serve's public way to await these fails for all of them when one is silent.
+                replies = await handle.broadcast("describe")._fetch_replica_results_async()
         except (TimeoutError, DeploymentUnavailableError):
             replies = []
-        answers = [reply for reply in replies if not isinstance(reply, BaseException)]
+        # Less than the whole time, so that the others can still be connected to when one is silent.
+        left_s = (deadline - time.monotonic()) / 2
+        waits = (asyncio.wait_for(reply.get_async(), left_s) for reply in replies)  # type: ignore[no-untyped-call]
+        found = await asyncio.gather(*waits, return_exceptions=True)
+        answers = [answer for answer in found if not isinstance(answer, BaseException)]
         if not answers:
             raise ModelUnavailable(
                 f"No replica of `{self._name}` is there: it is loading, or failed to load; the server's log says which."
             )
         return answers
-
-
-def choose(models: Sequence[Served], current: str) -> str:
-    """The weights that most of the replicas serve, and of two with as many the current ones; "" if there are none."""
-    replicas = Counter(served.weights for served in models)
-    return max(replicas, key=lambda found: (replicas[found], found == current), default="")
 
 
 @serve.deployment(max_ongoing_requests=4096)
@@ -244,31 +246,10 @@ class Ingress:
                 for model, (tokenizer, replica) in zip(settings.models, handles, strict=True)
             ]
         )
-        self._refreshing = [asyncio.ensure_future(_refresh(pipeline)) for pipeline in self._catalog.pipelines]
+        self._refreshing = [asyncio.ensure_future(refresh(pipeline)) for pipeline in self._catalog.pipelines]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._catalog, self._settings, self._keys)
-
-
-async def _refresh(pipeline: Pipeline) -> None:
-    """Keep asking who is there: a model may take minutes to load and must not keep the others waiting, and replicas
-    come and go."""
-    known = None
-    while True:
-        started = time.monotonic()
-        try:
-            found = await pipeline.discover(started + DISCOVERY_TIMEOUT_S)
-        except Exception as error:  # whatever it is, it must not end the asking
-            if not isinstance(error, EmbeddingError):
-                logger.exception(f"asking what {pipeline.settings.id} serves failed")
-        else:
-            served = found.served
-            if known != served.fingerprint:
-                known = served.fingerprint
-                stand_in = "" if served.id == pipeline.settings.id else f" in place of {pipeline.settings.id}"
-                logger.info(f"{served.id} is served{stand_in}, fingerprint {known}")
-        took_s = time.monotonic() - started
-        await asyncio.sleep(max(REFRESH_PERIOD_S, took_s / REFRESH_SHARE) if known else DISCOVERY_PERIOD_S)
 
 
 def _host() -> str:

@@ -8,6 +8,7 @@ EmbeddingError
 ├── ModelUnavailable     the model is configured, but is still loading or failed to load
 ├── Overloaded           more work waits than can be answered in time
 ├── DeadlineExceeded     the answer would come after the client's deadline
+├── CallerGone           the caller left before the work began
 ├── EngineError          the engine failed or gave vectors that can't be right
 └── WeightsError         a model folder is missing, damaged, or of a kind that can't be served
 

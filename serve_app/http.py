@@ -9,6 +9,7 @@ import re
 import string
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from importlib import resources
 from typing import Any
 
@@ -55,8 +56,8 @@ ERRORS: Mapping[type[EmbeddingError], tuple[int, str, str | None]] = {
 }
 # Seconds after which a client should ask again for a model that is loading.
 LOADING_RETRY_AFTER_S = 2
-# Where a request's scope keeps uvicorn's own `receive`, whose connection knows whether the client is still there.
-CONNECTION = "serve_app.connection"
+# uvicorn's own `receive`, whose connection knows if the client is there; not in the scope, which Serve may pickle.
+_received_by: ContextVar[Receive | None] = ContextVar("_received_by", default=None)
 # Time that `/readyz` gives one short text to come back.
 READY_TIMEOUT_S = 5.0
 
@@ -78,7 +79,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
                 asked = wire.parse(await _read_body(request, settings.max_body_bytes), settings.max_inputs)
                 pipeline = catalog.find(asked.model)
                 answer = await pipeline.embed(
-                    asked.inputs, arrived + settings.request_timeout_s, asked.refuse_truncation, _is_gone(request)
+                    asked.inputs, arrived + settings.request_timeout_s, asked.refuse_truncation, _is_gone()
                 )
         except TimeoutError:
             raise DeadlineExceeded(f"No answer within the limit of {settings.request_timeout_s:g} s.") from None
@@ -152,9 +153,9 @@ def _authenticate(request: Request, keys: Keys | None) -> None:
         keys.name_of(key.strip() if scheme.lower() == "bearer" else None)
 
 
-def _is_gone(request: Request) -> Callable[[], bool]:
+def _is_gone() -> Callable[[], bool]:
     """Whether the client has left, by uvicorn's own note of it; always False behind another server."""
-    connection = getattr(request.scope.get(CONNECTION), "__self__", None)
+    connection = getattr(_received_by.get(), "__self__", None)
     return lambda: getattr(connection, "disconnected", False)
 
 
@@ -271,7 +272,7 @@ class _CleanScope:
             scope["path"] = canonical(scope["path"])
             scope["headers"] = [(name, value) for name, value in scope["headers"] if self._may_pass(name, value)]
             scope["headers"].append(self.UNWATCHED)
-            scope[CONNECTION] = receive
+            _received_by.set(receive)
         await self._app(scope, receive, send)
 
     def _may_pass(self, name: bytes, value: bytes) -> bool:

@@ -8,6 +8,7 @@ every replica can work on it and no short text waits behind all of it.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, TypeVar
@@ -30,6 +31,8 @@ CALL_CHARACTERS = 32_768
 # requests/s at 8 connections and two gave 244. Full calls gain nothing by waiting, so they go on to where all replicas
 # can share them, and where the queue that the service scales by is measured.
 FULL_CALLS_IN_FLIGHT = 64
+# How long replicas may take to say what they serve.
+DISCOVERY_TIMEOUT_S = 5.0
 # Times that a request is computed again while replicas of new weights take the place of old ones.
 ROLLOUT_TRIES = 3
 
@@ -103,6 +106,7 @@ class Pipeline:
     def __init__(self, settings: ModelSettings, stages: Stages, max_request_tokens: int) -> None:
         self.settings = settings
         self._described: Described | None = None  # what the replicas said last
+        self._discovery: asyncio.Task[Described] | None = None
         self._stages = stages
         self._max_request_tokens = max_request_tokens
         self._tokenizing: Scheduler[Sequence[str], Tokenized] = Scheduler(
@@ -118,8 +122,18 @@ class Pipeline:
         return self._described.served if self._described else None
 
     async def discover(self, deadline: float) -> Described:
-        """Ask the replicas what they serve; raises ModelUnavailable while none can say."""
-        self._described = found = await self._stages.describe(deadline)
+        """Ask the replicas what they serve; raises ModelUnavailable while none can say. All who ask at once share."""
+        if self._discovery is None or self._discovery.done():
+            # In a context of its own, and shielded: it outlives the request that began it.
+            self._discovery = asyncio.get_running_loop().create_task(self._discover(), context=Context())
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await asyncio.shield(self._discovery)
+        except TimeoutError:
+            raise ModelUnavailable(f"The replicas of `{self.settings.id}` did not answer in time.") from None
+
+    async def _discover(self) -> Described:
+        self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
         self._tokenizing.concurrency = found.tokenizers
         self._inferring.concurrency = found.models * found.served.lanes
         return found
@@ -189,15 +203,16 @@ class Pipeline:
     async def _infer(
         self, packed: Packed, served: Served, deadline: float, is_gone: Callable[[], bool]
     ) -> list[Embedded]:
-        """All pieces by the same weights, and by those that were known when the request's model was looked up."""
+        """All pieces by the same weights: those that were known when the request's model was looked up, or others of
+        the same model and tokenizer that have taken their place."""
         pieces = split(packed, self.settings.batch_tokens)
-        name = served.id
+        name, tokenizer = served.id, served.tokenizer
         for _ in range(ROLLOUT_TRIES):
             parts = await _all([self._inferring.submit(piece, piece.tokens, deadline, is_gone) for piece in pieces])
             if {part.weights for part in parts} == {served.weights}:
                 return parts
             served = (await self.discover(deadline)).served  # replicas were replaced
-            if served.id != name:
+            if (served.id, served.tokenizer) != (name, tokenizer):
                 break
         raise ModelUnavailable(f"The replicas of `{name}` are changing to other weights; try again.")
 

@@ -1,6 +1,7 @@
 """Stages that one can compute by hand: a text's tokens are its characters, a vector holds the ids' sum and count."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -49,12 +50,16 @@ class HandStages:
         self.failure: EmbeddingError | None = None
         self.texts_by_call: list[int] = []
         self.tokens_by_call: list[int] = []
+        self.tokenizer = "t0k"
+        self.descriptions = 0
         self.weights: list[str] = []  # of the next calls' replicas, where they are not those described
 
     async def describe(self, deadline: float) -> Described:
         if self.failure is not None:
             raise self.failure
-        return Described(served(self.model), FRAME, tokenizers=1, models=1, tokenize=tokenized)
+        self.descriptions += 1
+        described = replace(served(self.model), tokenizer=self.tokenizer)
+        return Described(described, FRAME, tokenizers=1, models=1, tokenize=tokenized)
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         self.texts_by_call.append(len(texts))

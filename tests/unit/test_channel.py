@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.channel import ATTEMPTS, HEADER, MAX_PAYLOAD_BYTES, Endpoint, Listener, Pool
+from serve_app import channel
+from serve_app.channel import HEADER, MAX_PAYLOAD_BYTES, Endpoint, Listener
 from serve_app.errors import DeadlineExceeded, EngineError, InvalidInput, ModelUnavailable
+from serve_app.pool import ATTEMPTS, Pool
 
 HOST = "127.0.0.1"
 
 
 def soon() -> float:
     return time.monotonic() + 20
+
+
+class Unreadable:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
 
 
 class Process:
@@ -28,7 +35,9 @@ class Process:
         self.asked: list[Any] = []
         self.gate = asyncio.Event()
         self.arrived = asyncio.Event()
-        self.listener = Listener({"echo": self.echo, "wait": self.wait, "fail": self.fail})
+        self.listener = Listener(
+            {"echo": self.echo, "wait": self.wait, "fail": self.fail, "odd": self.odd, "unreadable": self.unreadable}
+        )
 
     async def echo(self, job: Any, deadline: float) -> Any:
         self.asked.append(job)
@@ -41,6 +50,14 @@ class Process:
 
     async def fail(self, error: Exception, deadline: float) -> Any:
         raise error
+
+    async def odd(self, job: Any, deadline: float) -> Any:
+        """What can't be sent."""
+        return lambda: job
+
+    async def unreadable(self, job: Any, deadline: float) -> Any:
+        """What can be sent and not read: a class that the caller does not have, say."""
+        return Unreadable()
 
     def die(self) -> None:
         """As when a process ends: the system closes its connections."""
@@ -213,3 +230,54 @@ async def test_a_secret_and_frames_may_come_byte_by_byte(service: Service) -> No
         assert (number, is_error) == (7, False) and pickle.loads(await reader.readexactly(size_bytes)) == "job"
     assert replica.asked == ["job", "job"]
     writer.close()
+
+
+async def test_an_answer_that_cannot_be_read_is_an_error_to_its_caller_alone(service: Service) -> None:
+    [replica], endpoints = await service.start(1)
+    await service.pool.update(endpoints)
+    beside = asyncio.ensure_future(service.pool.call("wait", "beside", 1, soon()))
+    await replica.arrived.wait()
+    with pytest.raises(EngineError, match="an answer can't be read: ValueError"):
+        await service.pool.call("unreadable", 1, 1, soon())
+    replica.gate.set()
+    assert await beside == "beside"
+
+
+async def test_an_answer_that_cannot_be_sent_leaves_nobody_waiting(service: Service) -> None:
+    _, endpoints = await service.start(ATTEMPTS)
+    await service.pool.update(endpoints)
+    with pytest.raises(ModelUnavailable, match="lost 3 replicas"):
+        await service.pool.call("odd", 1, 1, soon())
+
+
+async def test_calls_of_a_replica_that_leaves_and_never_answers_are_made_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "RETIRE_TIMEOUT_S", 0.05)
+    [silent, other], [first, second] = await service.start(2)
+    await service.pool.update([first])
+    call = asyncio.ensure_future(service.pool.call("wait", "held", 1, soon()))
+    await silent.arrived.wait()
+    other.gate.set()
+    await service.pool.update([second])
+    assert await call == "held"
+    assert other.asked == ["held"] and silent.asked == []
+
+
+async def test_a_peer_that_shows_no_secret_is_cut_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "TRUST_TIMEOUT_S", 0.05)
+    _, [endpoint] = await service.start(1)
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    writer.write(endpoint.secret[:-1])
+    with suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    writer.close()
+    await service.pool.update([endpoint])
+    await asyncio.sleep(0.1)
+    assert await service.pool.call("echo", "trusted", 1, soon()) == "trusted"
+
+
+async def test_one_replica_that_cannot_be_reached_keeps_no_call_from_another(service: Service) -> None:
+    _, [reachable] = await service.start(1)
+    await service.pool.update([replace(reachable, port=1), reachable])
+    assert await service.pool.call("echo", 1, 1, soon()) == 1

@@ -1,6 +1,7 @@
 """The HTTP face in one process, with stages computed by hand: statuses, headers, error objects, limits, keys, CORS."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ async def client(stages: HandStages, keys: Keys | None = None, **settings: objec
     checked = Settings.model_validate(settings)
     models = Catalog([Pipeline(ModelSettings(), stages, checked.max_request_tokens)])
     if stages.failure is None:
-        await models.pipelines[0].discover(0.0)
+        await models.pipelines[0].discover(time.monotonic() + 60)
     [middleware] = middlewares()
     app = middleware.cls(create_app(models, checked, keys))
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

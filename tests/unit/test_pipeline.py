@@ -95,6 +95,25 @@ async def test_an_answer_is_never_a_mixture_of_two_weights() -> None:
         await pipeline(stages).embed(texts, FAR)
 
 
+async def test_ids_of_one_tokenizer_are_never_computed_by_the_model_of_another() -> None:
+    stages = HandStages()
+    shared = pipeline(stages)
+    await shared.embed(["before"], FAR)
+    stages.weights, stages.tokenizer = ["other"], "an0ther"  # replicas of another revision take their place
+    with pytest.raises(ModelUnavailable, match="changing to other weights"):
+        await shared.embed(["during"], FAR)
+    assert np.allclose((await shared.embed(["after"], FAR)).vectors, [vector("after")])
+
+
+async def test_all_who_ask_at_once_what_is_served_share_one_question() -> None:
+    stages = HandStages()
+    shared = pipeline(stages)
+    await asyncio.gather(*(shared.embed([f"text {number}"], FAR) for number in range(20)))
+    assert stages.descriptions == 1
+    await shared.discover(FAR)
+    assert stages.descriptions == 2
+
+
 def catalog(*stages: HandStages) -> Catalog:
     settings = [ModelSettings(aliases=("ivy",)), ModelSettings(id="other/model")]
     return Catalog([Pipeline(model, stage, 1000) for model, stage in zip(settings, stages, strict=False)])

@@ -1,0 +1,79 @@
+"""The replicas of one deployment, as those who call them see them: which has the least work, and which have gone."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from serve_app.channel import Channel, Endpoint, PeerLost
+from serve_app.errors import DeadlineExceeded, ModelUnavailable
+
+logger = logging.getLogger("ray.serve")
+
+CONNECT_TIMEOUT_S = 3.0
+# Times that a call is made at most. Embedding twice is harmless, so what a dying replica had accepted is sent again.
+ATTEMPTS = 3
+
+
+class Pool:
+    """The replicas of one deployment: a call goes to the one with the least work, and to another if that one dies."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is what the errors call the replicas' model."""
+        self._name = name
+        self._channels: dict[Endpoint, Channel] = {}
+        self._changed = asyncio.Event()
+
+    async def update(self, endpoints: Iterable[Endpoint]) -> None:
+        """Connect to those of these that are new, and send no more calls to those that are not among them.
+
+        One update at a time.
+        """
+        wanted = set(endpoints)
+        for endpoint in self._channels.keys() - wanted:
+            self._channels.pop(endpoint).retire()
+        new = [each for each in wanted if each not in self._channels or not self._channels[each].is_open]
+        await asyncio.gather(*map(self._add, new))
+
+    async def _add(self, endpoint: Endpoint) -> None:
+        if channel := await _connect(endpoint):
+            self._channels[endpoint] = channel
+            self._changed.set()
+
+    async def call(self, method: str, job: Any, cost: int, deadline: float) -> Any:
+        """The answer of a replica; raises DeadlineExceeded, ModelUnavailable, or the replica's own EmbeddingError."""
+        lost: list[Channel] = []
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                while len(lost) < ATTEMPTS:
+                    channel = await self._least_loaded(lost)
+                    try:
+                        return await channel.call(method, job, cost, deadline - time.monotonic())
+                    except PeerLost:
+                        logger.warning(f"a replica of {self._name} was lost with a call in flight")
+                        lost.append(channel)
+        except TimeoutError:
+            raise DeadlineExceeded(f"No replica of `{self._name}` answered in time.") from None
+        raise ModelUnavailable(f"The model `{self._name}` lost {ATTEMPTS} replicas in a row; try again.")
+
+    async def _least_loaded(self, lost: list[Channel]) -> Channel:
+        while True:
+            candidates = [each for each in self._channels.values() if each.is_open and each not in lost]
+            if candidates:
+                return min(candidates, key=lambda channel: (channel.load, random.random()))
+            self._changed.clear()
+            await self._changed.wait()
+
+
+async def _connect(endpoint: Endpoint) -> Channel | None:
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, channel = await asyncio.get_running_loop().create_connection(
+                lambda: Channel(endpoint), endpoint.host, endpoint.port
+            )
+            return channel
+    except (OSError, TimeoutError) as error:
+        logger.warning(f"{endpoint} can't be reached: {type(error).__name__}")
+        return None

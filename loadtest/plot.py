@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from loadtest.report import INFINITY, OURS, RAW, Results
 from loadtest.summary import ratio_to_best
 
-SHAPES = (("9w", "9 words"), ("64w", "64 words"))
+SHAPES = (("9w", "9 words"), ("64w", "64 words"), ("510w", "510 words"))
 # One colour a system wherever it stands; they differ in brightness too, for print and for the colour-blind.
 COLOURS = {
     OURS: "#0072b2",
@@ -25,14 +25,15 @@ COLOURS = {
 
 
 def draw(results: Results, file: Path) -> None:
-    """Write the picture."""
-    figure, axes = plt.subplot_mosaic(
-        [["rate 9w", "rate 64w", "ratio"], ["p99 9w", "p99 64w", "ratio"]],
-        figsize=(16, 8.5),
-        layout="constrained",
-        width_ratios=[1, 1, 0.9],
-    )
-    for shape, said in SHAPES:
+    """Write the picture: two panels for each length that was measured at several connections, and the ratios."""
+    shapes = [
+        (shape, said)
+        for shape, said in SHAPES
+        if any(len(results.growth(system, shape, "requests_per_s")) > 1 for system in results.systems)
+    ]
+    rows = [[f"{kind} {shape}" for shape, _ in shapes] + ["ratio"] for kind in ("rate", "p99")]
+    figure, axes = plt.subplot_mosaic(rows, figsize=(5.5 * len(shapes) + 5, 8.5), layout="constrained")
+    for shape, said in shapes:
         _lines(axes[f"rate {shape}"], results, shape, "requests_per_s", f"{said}: requests/s")
         _lines(axes[f"p99 {shape}"], results, shape, "p99_ms", f"{said}: p99 in ms")
     _bars(axes["ratio"], results)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loadtest.workload import WORDS
 from serve_app.engines import self_test
 from serve_app.engines.bert import Bert, load
 from serve_app.engines.torch import TorchEngine
@@ -29,12 +30,6 @@ from serve_app.packing import Int32
 from serve_app.tokens import Tokenizer
 from tests.model import FOLDER, MODEL
 
-# Mostly words of one token, as in English, and a few of several: 1.1 tokens a word.
-ENGLISH = (
-    "how do i reset my password the quick brown fox jumps over lazy dog late order refund invoice account delivery "
-    "red shoes winter city river music history science report quarterly revenue market price open close question "
-    "answer team meeting travel ticket photosynthesis"
-)
 # Before each measurement for this share of its time: caches fill, clocks rise, memory is allocated.
 WARM_UP_SHARE = 0.2
 # Between two queries to an idle engine, so that each finds it idle, as a lone user's does.
@@ -94,7 +89,7 @@ def cells(quick: bool) -> list[Cell]:
 
 def write(cell: Cell, seed: int = 0) -> list[str]:
     """The cell's texts, the same for a seed. Unlike lengths are log-uniform: as many of 4 to 8 words as of 32 to 64."""
-    random, words = np.random.default_rng(seed), ENGLISH.split()
+    random, words = np.random.default_rng(seed), WORDS
     bounds = math.log(cell.fewest), math.log(cell.most + 1)
     counts = np.exp(random.uniform(*bounds, cell.texts)).astype(int).clip(cell.fewest, cell.most)
     return [" ".join(random.choice(words, count)) for count in counts]

@@ -17,9 +17,8 @@ import yaml
 from loadtest import wrk
 from loadtest.meter import Meter
 from loadtest.systems import ROOT, systems
-from loadtest.weights import FOUND, tokens
+from loadtest.weights import TOKENIZER, tokens
 from loadtest.workload import CELLS, Cell, requests, write
-from serve_app.tokens import Tokenizer
 
 REPLICAS = (1, 2, 4, 8)
 CONNECTIONS_A_REPLICA = 24
@@ -41,11 +40,10 @@ def config(replicas: int) -> dict[str, Any]:
 
 def tokenizer_rate(cell: Cell, seconds: float = 2.0) -> float:
     """Tokens/s of one tokenizer, on one core, of texts that are sent to the Tokenizer replicas."""
-    tokenizer = Tokenizer(FOUND.folder, FOUND.max_tokens, FOUND.lowercase)
     texts = [request[0] for request in requests(cell)][:8]
     made, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
-        made += tokenizer.tokenize(texts).packed.tokens
+        made += TOKENIZER.tokenize(texts).packed.tokens
     return made / spent
 
 

@@ -16,10 +16,9 @@ import psutil
 from loadtest import wrk
 from loadtest.meter import Meter, ray_role, tree
 from loadtest.systems import systems
-from loadtest.weights import FOUND
+from loadtest.weights import TOKENIZER
 from loadtest.workload import CELLS, body, requests, write
 from serve_app import wire
-from serve_app.tokens import Tokenizer
 
 SECONDS = 6.0
 REQUESTS = 400
@@ -79,7 +78,6 @@ def main() -> None:
                 with Meter(root, system.role) as meter:
                     load = wrk.run(system.url, bodies, connections, SECONDS)
                 by_load[connections] = {role: used / load.answers * 1e3 for role, used in meter.cpu_s.items()}
-    tokenizer = Tokenizer(FOUND.folder, FOUND.max_tokens, FOUND.lowercase)
     texts = requests(CELLS[0])[0]
     sent = body(texts, "base64").encode()
     vectors = np.random.default_rng(0).normal(size=(1, 384)).astype(np.float32)
@@ -92,7 +90,7 @@ def main() -> None:
             lambda: wire.render(vectors, json.loads(sent)["model"], 11, "base64")
         ),
         "tokenizing in the ingress": timing["tokenize"],
-        "- of it, warm": each_ms(lambda: tokenizer.tokenize(texts)),
+        "- of it, warm": each_ms(lambda: TOKENIZER.tokenize(texts)),
         "to the model and back, and its queue": timing["queue"],
         "the engine": timing["infer"],
         "all": through,

@@ -1,8 +1,7 @@
 """What a run is held to, and whether it kept to it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from loadtest.traffic.figures import Figures
 
@@ -23,10 +22,6 @@ class Verdict:
     objective: str
     measured: str
     met: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """For the record of the run."""
-        return asdict(self)
 
 
 def judge(figures: Mapping[str, Figures], limits: Limits) -> list[Verdict]:

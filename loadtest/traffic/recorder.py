@@ -40,7 +40,7 @@ class Recorder:
     def __init__(self, writer: Writer, started: float) -> None:
         self._writer = writer
         self._started = started
-        self._recent = Columns()
+        self._latencies_ms: list[float] = []  # since the last line
         self._line_s = 0.0
         self._failed = 0
         self._replicas: dict[str, Replicas] = {}
@@ -52,7 +52,7 @@ class Recorder:
             # Another machine's clock may be a little behind.
             since_start.at_s = [max(0.0, at - self._started) for at in since_start.at_s]
             self._writer.requests(kind, since_start)
-            self._recent.latency_ms += since_start.latency_ms
+            self._latencies_ms += since_start.latency_ms
             self._failed += len(since_start.faults)
 
     def note(self, text: str) -> None:
@@ -68,7 +68,7 @@ class Recorder:
     def line(self, now: float, users: int) -> str:
         """How it goes: rate and p99 since the last line, failures since the start, replicas now."""
         at_s = now - self._started
-        latencies, self._recent = self._recent.latency_ms, Columns()
+        latencies, self._latencies_ms = self._latencies_ms, []
         rate = len(latencies) / max(at_s - self._line_s, 1e-9)
         self._line_s = at_s
         self._writer.flush()

@@ -117,7 +117,7 @@ class Model:
 
     async def infer(self, packed: Packed, deadline: float) -> Embedded:
         """Vectors of the sequences, in order; raises DeadlineExceeded if they could not start in time."""
-        if self._scheduler.is_idle:
+        if self._scheduler.has_room:
             return await self._scheduler.submit(packed, packed.tokens, deadline)
         job: asyncio.Task[Embedded] = await self._infer_together((packed, deadline))
         return await job
@@ -136,7 +136,7 @@ class Model:
         started = time.perf_counter()
         self._failures += 1  # until it has not failed
         packed = concat(jobs)
-        if packed.tokens <= self._engine.brief_tokens:
+        if packed.tokens <= self._engine.brief_tokens and self._scheduler.running == 1:
             vectors = self._engine.embed(packed)
         else:
             vectors = await asyncio.to_thread(self._engine.embed, packed)

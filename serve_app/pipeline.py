@@ -14,10 +14,23 @@ from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve_app.errors import InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
-from serve_app.packing import ClientIds, Float32, Frame, Packed, Tokenized, accept_ids, concat, cuts, join, split
-from serve_app.scheduler import Entry, Scheduler
+from serve_app.packing import (
+    ClientIds,
+    Float32,
+    Frame,
+    Packed,
+    Tokenized,
+    accept_ids,
+    concat,
+    cuts,
+    join,
+    reorder,
+    split,
+)
+from serve_app.scheduler import SHARES, Entry, Scheduler
 from serve_app.settings import ModelSettings
 
 T = TypeVar("T")
@@ -134,8 +147,8 @@ class Pipeline:
 
     async def _discover(self) -> Described:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
-        self._tokenizing.concurrency = found.tokenizers
-        self._inferring.concurrency = found.models * found.served.lanes
+        self._tokenizing.workers = found.tokenizers
+        self._inferring.workers, self._inferring.lanes = found.models, found.served.lanes
         return found
 
     async def embed(
@@ -160,17 +173,15 @@ class Pipeline:
         self._hold_limits(tokenized, frame, refuse_truncation)
         tokenize_ms = (time.perf_counter() - started) * 1e3
         started = time.perf_counter()
-        parts = await self._infer(tokenized.packed, described.served, deadline, is_gone)
-        # The longest of the parts: those of one request run side by side.
-        infer_ms = max(part.infer_ms for part in parts)
+        whole = await self._infer(tokenized.packed, described.served, deadline, is_gone)
         return Answer(
-            vectors=parts[0].vectors if len(parts) == 1 else np.concatenate([part.vectors for part in parts]),
+            vectors=whole.vectors,
             tokens=tokenized.packed.tokens,
             truncated=tokenized.truncated,
-            fingerprint=",".join(sorted({part.fingerprint for part in parts})),
+            fingerprint=whole.fingerprint,
             tokenize_ms=tokenize_ms,
-            queue_ms=max(0.0, (time.perf_counter() - started) * 1e3 - infer_ms),
-            infer_ms=infer_ms,
+            queue_ms=max(0.0, (time.perf_counter() - started) * 1e3 - whole.infer_ms),
+            infer_ms=whole.infer_ms,
         )
 
     def _hold_limits(self, tokenized: Tokenized, frame: Frame, refuse_truncation: bool) -> None:
@@ -200,17 +211,19 @@ class Pipeline:
         ]
         return join(await _all(jobs))
 
-    async def _infer(
-        self, packed: Packed, served: Served, deadline: float, is_gone: Callable[[], bool]
-    ) -> list[Embedded]:
-        """All pieces by the same weights: those that were known when the request's model was looked up, or others of
-        the same model and tokenizer that have taken their place."""
-        pieces = split(packed, self.settings.batch_tokens)
+    async def _infer(self, packed: Packed, served: Served, deadline: float, is_gone: Callable[[], bool]) -> Embedded:
+        """All rows by the same weights: those that were known when the request's model was looked up, or others of the
+        same model and tokenizer that have taken their place."""
+        # A piece for each batch that the replicas can run at once, with rows of like length together.
+        budget = self.settings.batch_tokens
+        shares = min(self._inferring.workers * self._inferring.lanes, packed.tokens * SHARES // budget)
+        order = np.argsort(-packed.lengths, kind="stable")
+        pieces = split(packed if packed.rows == 1 else reorder(packed, order), budget, shares)
         name, tokenizer = served.id, served.tokenizer
         for _ in range(ROLLOUT_TRIES):
             parts = await _all([self._inferring.submit(piece, piece.tokens, deadline, is_gone) for piece in pieces])
             if {part.weights for part in parts} == {served.weights}:
-                return parts
+                return assemble(parts, order)
             served = (await self.discover(deadline)).served  # replicas were replaced
             if (served.id, served.tokenizer) != (name, tokenizer):
                 break
@@ -240,6 +253,20 @@ def deal(whole: Embedded, jobs: Sequence[Packed]) -> list[Embedded]:
         return [whole]
     ends = np.cumsum([job.rows for job in jobs]).tolist()
     return [replace(whole, vectors=whole.vectors[end - job.rows : end]) for job, end in zip(jobs, ends, strict=True)]
+
+
+def assemble(parts: Sequence[Embedded], order: NDArray[np.intp]) -> Embedded:
+    """One answer of several: row i of all parts together is that of input `order[i]`."""
+    if len(parts) == len(order) == 1:
+        return parts[0]
+    vectors = np.empty((len(order), parts[0].vectors.shape[1]), np.float32)
+    vectors[order] = np.concatenate([part.vectors for part in parts])
+    return Embedded(
+        vectors=vectors,
+        weights=parts[0].weights,
+        fingerprint=",".join(sorted({part.fingerprint for part in parts})),
+        infer_ms=max(part.infer_ms for part in parts),  # they run side by side
+    )
 
 
 async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:

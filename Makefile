@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test bench check format clean
+# Of `make load`: what is asked, by how many users, and for how long; and Locust's or our own further options.
+URL ?= http://127.0.0.1:8000
+USERS ?= 20
+SHAPE ?= steps
+DURATION ?= 60
+OPTIONS ?=
+
+.PHONY: serve test load bench check format clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/python -m serve_app serve_config.yaml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests
+
+load: $(VENV)/.load
+	$(BIN)/locust -f loadtest/traffic/locustfile.py --headless --loglevel WARNING \
+		--host $(URL) --users $(USERS) --shape $(SHAPE) --run-time $(DURATION) $(OPTIONS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m loadtest.bench
@@ -35,6 +46,11 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.serve
+
+$(VENV)/.load: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[load]'
 	touch $@ $(VENV)/.serve
 
 $(VENV)/.bench: pyproject.toml constraints.txt

@@ -49,8 +49,10 @@ class Scheduler(Generic[Job, Result]):
         and so would gain nothing from waiting, `full_concurrency` where that is more."""
         self.budget = budget
         self.concurrency = concurrency
+        self.full_concurrency = full_concurrency
+        self.asked_cost = 0  # of all jobs so far
+        self.unfinished_cost = 0  # of those that are not answered, and were not withdrawn
         self._run = run
-        self._full_concurrency = full_concurrency
         # The whole state. Only code on the event loop's thread touches it, and never across an await.
         self._waiting: deque[Entry[Job, Result]] = deque()
         self.waiting_cost = 0  # of the entries in it, those included whose caller has left
@@ -80,8 +82,13 @@ class Scheduler(Generic[Job, Result]):
         entry: Entry[Job, Result] = Entry(job, cost, time.monotonic(), deadline, is_gone, loop.create_future())
         self._waiting.append(entry)
         self.waiting_cost += cost
+        self.asked_cost += cost
+        self.unfinished_cost += cost
         self._dispatch_soon(loop)
-        return await entry.answer
+        try:
+            return await entry.answer
+        finally:
+            self.unfinished_cost -= cost
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.
@@ -102,7 +109,7 @@ class Scheduler(Generic[Job, Result]):
             self._running_partial += not is_full
 
     def _may_start(self) -> bool:
-        if len(self._running) >= max(self.concurrency, self._full_concurrency):
+        if len(self._running) >= max(self.concurrency, self.full_concurrency):
             return False
         # What is not full does not wait for what is: a short text would wait for all of a long list.
         return self.waiting_cost >= self.budget or self._running_partial < self.concurrency

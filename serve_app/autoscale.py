@@ -37,23 +37,29 @@ def asked_of(deployment: str) -> str:
     return f"asked:{deployment}"
 
 
-def decide(need: float, target: int, peak: int) -> tuple[int, int]:
-    """The replicas wanted, and the most that were wanted since more than that were there (0: they are all needed).
+def decide(flow: float, queue: float, target: int, peak: float) -> tuple[int, float]:
+    """The replicas wanted, and the peak of the flow since fewer than there are would do; 0.0 where they would not.
 
-    More are wanted at once, up to STEP times as many. Fewer are wanted as long as the need stays lower, and then the
-    most that it called for meanwhile: Serve scales down when that has lasted for `downscale_delay_s`.
+    `flow` is the need for what arrives, `queue` for what waits. More are wanted at once, up to STEP times as many.
+    Fewer are wanted where those would do for the highest flow since they would first, so that a load which comes and
+    goes finds its replicas; a queue that is gone counts no more. Serve waits until that has lasted for
+    `downscale_delay_s`.
 
-    >>> decide(need=5.1, target=3, peak=0), decide(need=2.6, target=3, peak=0), decide(need=1.5, target=3, peak=1)
-    ((6, 0), (3, 0), (2, 2))
+    >>> decide(4.1, 1.0, target=3, peak=0.0), decide(2.6, 0.0, target=3, peak=0.0), decide(0.5, 0.0, target=3, peak=1.5)
+    ((6, 0.0), (3, 0.0), (2, 1.5))
     """
-    more = math.ceil(need)
+    more = math.ceil(flow + queue)
     if more > target:
-        return min(more, max(target, 1) * STEP), 0
-    fewer = math.ceil(need * (1 + HYSTERESIS))
-    if fewer >= target:
-        return target, 0
-    peak = max(peak, fewer)
-    return max(peak, target // STEP), peak
+        return min(more, max(target, 1) * STEP), 0.0
+    if _spared(flow + queue) >= target:
+        return target, 0.0
+    peak = max(peak, flow)
+    return max(_spared(max(peak, flow + queue)), target // STEP), peak
+
+
+def _spared(need: float) -> int:
+    """The replicas down to which a need may be scaled."""
+    return math.ceil(need * (1 + HYSTERESIS))
 
 
 class DrainTime:
@@ -89,14 +95,15 @@ class DrainTime:
 
     def _decide(self, context: Any, contexts: Iterable[Any]) -> tuple[int, dict[str, Any]]:
         before, target = context.policy_state, context.target_num_replicas
-        need, rate = self._need(context, contexts, before.get("rate"))
-        # What was wanted while other replicas were there says nothing of these.
-        peak = before.get("peak", 0) if before.get("target") == target else 0
-        wanted, peak = decide(need, target, peak)
+        flow, queue, rate = self._needs(context, contexts, before.get("rate"))
+        # A peak from before the last change says nothing of the replicas that there are now.
+        peak = before.get("peak", 0.0) if before.get("target") == target else 0.0
+        wanted, peak = decide(flow, queue, target, peak)
         return wanted, {"target": target, "peak": peak, "rate": rate}
 
-    def _need(self, context: Any, contexts: Iterable[Any], known: float | None) -> tuple[float, float | None]:
-        """Replicas needed, as a fraction; and the rate of one, which is remembered for when none is there."""
+    def _needs(self, context: Any, contexts: Iterable[Any], known: float | None) -> tuple[float, float, float | None]:
+        """Replicas needed for what arrives and for what waits, as fractions; and the rate of one, which is remembered
+        for when none is there."""
         own = context.raw_metrics or {}
         rates = [rate for rate in _latest(own.get(RATE)) if rate > 0]
         rate = sum(rates) / len(rates) if rates else known
@@ -107,16 +114,17 @@ class DrainTime:
             waiting += sum(_latest(reported.get(waiting_for(context.deployment_name))))
             arriving += _growth(reported.get(asked_of(context.deployment_name)))
         if rate and arriving:
-            need = (sum(arriving) + waiting / self._target_drain_s) / (rate * self._target_utilization)
+            flow = sum(arriving) / rate / self._target_utilization
+            queue = waiting / rate / self._target_utilization / self._target_drain_s
         else:
-            need = context.total_num_requests / context.config.get_target_ongoing_requests()
+            flow = context.total_num_requests / context.config.get_target_ongoing_requests()
             if known:  # the work was reported before: that it is not now is no reason for fewer
-                need = max(need, context.target_num_replicas)
-        if not 0 <= need < math.inf:
-            raise ValueError(f"a need of {need} replicas")
-        if waiting and not need:  # it needs a replica, also where nothing is known of how fast one is
-            need = 0.5
-        return need, rate
+                flow = max(flow, context.target_num_replicas)
+            # What waits needs a replica, also where nothing is known of how fast one is.
+            queue = 0.5 if waiting and not flow else 0.0
+        if not 0 <= flow + queue < math.inf:
+            raise ValueError(f"a need of {flow} and {queue} replicas")
+        return flow, queue, rate
 
 
 def _latest(by_replica: Any) -> list[float]:

@@ -185,7 +185,7 @@ class Pipeline:
         )
 
     async def try_out(self, deadline: float) -> None:
-        """Embed one short text that is not counted as work, unless that would wake the model; raises as `embed` does."""
+        """Embed a short text that is not counted as work, unless that would wake the model; raises as `embed` does."""
         described = self._described or await self.discover(deadline)
         if not self.is_asleep:
             await self._stages.infer(described.tokenize(["ready?"]).packed, deadline)

@@ -25,44 +25,47 @@ INGRESS, MODEL = DeploymentID("Ingress", "app"), DeploymentID("Model", "app")
 
 
 @pytest.mark.parametrize(
-    ("need", "target", "peak", "wanted"),
+    ("flow", "queue", "target", "peak", "wanted"),
     [
-        (0.0, 1, 0, (0, 0)),
-        (0.01, 0, 0, (1, 0)),
-        (1.0, 1, 0, (1, 0)),
-        (1.01, 1, 0, (2, 0)),
-        (9.0, 1, 0, (4, 0)),  # a step at most
-        (9.0, 4, 0, (9, 0)),
-        (1.7, 2, 0, (2, 0)),  # under two, but not by enough
-        (1.6, 3, 0, (2, 2)),
-        (0.1, 3, 2, (2, 2)),  # two were needed while three were there
-        (0.0, 20, 0, (5, 0)),  # a step at most
-        (0.0, 3, 0, (0, 0)),
+        (0.0, 0.0, 1, 0.0, (0, 0.0)),
+        (0.0, 0.01, 0, 0.0, (1, 0.0)),
+        (0.6, 0.4, 1, 0.0, (1, 0.0)),
+        (0.6, 0.41, 1, 0.0, (2, 0.0)),
+        (2.0, 7.0, 1, 0.0, (4, 0.0)),  # a step at most
+        (2.0, 7.0, 4, 0.0, (9, 0.0)),
+        (1.7, 0.0, 2, 0.0, (2, 0.0)),  # under two, but not by enough
+        (1.6, 0.0, 3, 0.0, (2, 1.6)),
+        (0.1, 0.0, 3, 1.6, (2, 1.6)),  # this much came while there were three
+        (0.1, 1.5, 9, 0.0, (2, 0.1)),
+        (0.1, 0.0, 9, 0.1, (2, 0.1)),  # what waited is done; a step at most
+        (0.0, 0.0, 3, 0.0, (0, 0.0)),
     ],
 )
-def test_decisions_by_hand(need: float, target: int, peak: int, wanted: tuple[int, int]) -> None:
-    assert decide(need, target, peak) == wanted
+def test_decisions_by_hand(flow: float, queue: float, target: int, peak: float, wanted: tuple[int, float]) -> None:
+    assert decide(flow, queue, target, peak) == wanted
 
 
-@given(st.floats(0, 1e9), st.integers(0, 10_000), st.integers(0, 10_000))
-def test_a_decision_carries_the_need_and_steps_no_further_than_it_may(need: float, target: int, peak: int) -> None:
-    wanted, _ = decide(need, target, min(peak, max(0, target - 1)))
+@given(st.floats(0, 1e9), st.floats(0, 1e9), st.integers(0, 10_000), st.floats(0, 1e4))
+def test_a_decision_carries_the_need_and_steps_no_further_than_it_may(
+    flow: float, queue: float, target: int, peak: float
+) -> None:
+    wanted, _ = decide(flow, queue, target, min(peak, max(0, target - 1) / (1 + HYSTERESIS)))
     assert target // STEP <= wanted <= max(target, 1) * STEP
-    assert wanted >= min(need, max(target, 1) * STEP)
+    assert wanted >= min(flow + queue, max(target, 1) * STEP)
     if wanted < target:
-        assert need * (1 + HYSTERESIS) <= wanted or wanted == target // STEP
+        assert (flow + queue) * (1 + HYSTERESIS) <= wanted + 1e-9
 
 
 @given(st.floats(0.1, 50), st.floats(0, 0.15), st.sampled_from([1, 5, 60]), st.integers(0))
 def test_a_steady_noisy_load_never_makes_it_turn(load: float, noise: float, target: int, seed: int) -> None:
     """An hour of decisions with Serve's delay of 60 s for fewer, two a second."""
     shake = random.Random(seed)
-    targets, peak, below_since = [target], 0, math.inf
+    targets, peak, below_since = [target], 0.0, math.inf
     for tick in range(7200):
-        wanted, peak = decide(load * shake.uniform(1 - noise, 1 + noise), target, peak)
+        wanted, peak = decide(load * shake.uniform(1 - noise, 1 + noise), 0.0, target, peak)
         below_since = min(below_since, tick) if wanted < target else math.inf
         if wanted > target or tick - below_since >= 120:
-            target, peak, below_since = wanted, 0, math.inf
+            target, peak, below_since = wanted, 0.0, math.inf
             targets.append(target)
     rises = [after > before for before, after in pairwise(targets)]
     assert len(set(rises)) <= 1, targets
@@ -70,7 +73,7 @@ def test_a_steady_noisy_load_never_makes_it_turn(load: float, noise: float, targ
 
 
 class App:
-    """Serve's autoscaling state of an application with an Ingress and a Model, fed with reports as replicas send them."""
+    """Serve's own autoscaling state of an application, fed with reports as replicas send them."""
 
     def __init__(self, bounds: tuple[int, int] = (0, 20), **kwargs: float) -> None:
         self.state = ApplicationAutoscalingState("app")
@@ -113,7 +116,7 @@ def test_the_need_of_a_model_is_what_arrives_and_what_waits() -> None:
     # (600 + 1,600 / 4) / (500 * 0.5) = 4
     assert app.decide(models=2) == {INGRESS: 1, MODEL: 4}
     assert app.decide(models=4)[MODEL] == 4
-    assert app.decide(models=5)[MODEL] == 5  # 4 * 1.2 needs five
+    assert app.decide(models=5)[MODEL] == 5  # as 4 * 1.2 is over four
     assert app.decide(models=6)[MODEL] == 5
 
 

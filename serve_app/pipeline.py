@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.errors import InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
+from serve_app.errors import InvalidInput, ModelUnavailable, TooManyTokens
 from serve_app.packing import (
     ClientIds,
     Float32,
@@ -41,9 +41,11 @@ SHORT_CHARACTERS = 1_000
 CALL_CHARACTERS = 32_768
 # Calls that are on their way to a stage at once, beyond one for each that its replicas can work on: none, so that all
 # that arrives meanwhile leaves together, in one large batch, when one comes back. On two cores one in flight gave 317
-# requests/s at 8 connections and two gave 244. Full calls gain nothing by waiting, so they go on to where all replicas
-# can share them, and where the queue that the service scales by is measured.
-FULL_CALLS_IN_FLIGHT = 64
+# requests/s at 8 connections and two gave 244. Full calls gain nothing by waiting, so one more may go ahead of each
+# that a model works on, which so never idles; all else stays here, where a new replica can take it. Calls to tokenizers
+# are soon over.
+FULL_CALLS_A_LANE = 2
+FULL_CALLS_TO_TOKENIZERS = 64
 # How long replicas may take to say what they serve.
 DISCOVERY_TIMEOUT_S = 5.0
 # Times that a request is computed again while replicas of new weights take the place of old ones.
@@ -86,7 +88,7 @@ class Described:
     served: Served
     frame: Frame
     tokenizers: int
-    models: int
+    models: int  # 0 while they are scaled to zero
     tokenize: Callable[[Sequence[str]], Tokenized]  # the tokenizers' own tokenizer, in this process
 
 
@@ -123,16 +125,24 @@ class Pipeline:
         self._stages = stages
         self._max_request_tokens = max_request_tokens
         self._tokenizing: Scheduler[Sequence[str], Tokenized] = Scheduler(
-            self._tokenize_together, CALL_CHARACTERS, full_concurrency=FULL_CALLS_IN_FLIGHT
+            self._tokenize_together, CALL_CHARACTERS, full_concurrency=FULL_CALLS_TO_TOKENIZERS
         )
-        self._inferring: Scheduler[Packed, Embedded] = Scheduler(
-            self._infer_together, settings.batch_tokens, full_concurrency=FULL_CALLS_IN_FLIGHT
-        )
+        self._inferring: Scheduler[Packed, Embedded] = Scheduler(self._infer_together, settings.batch_tokens)
 
     @property
     def served(self) -> Served | None:
         """What the replicas said last that they serve; None until they did."""
         return self._described.served if self._described else None
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the model has no replica because it needs none; the next request starts one."""
+        return self._described is not None and not self._described.models
+
+    @property
+    def schedulers(self) -> tuple[Scheduler[Any, Any], Scheduler[Any, Any]]:
+        """What waits for the tokenizers, in characters, and for the models, in tokens."""
+        return self._tokenizing, self._inferring
 
     async def discover(self, deadline: float) -> Described:
         """Ask the replicas what they serve; raises ModelUnavailable while none can say. All who ask at once share."""
@@ -148,7 +158,8 @@ class Pipeline:
     async def _discover(self) -> Described:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
         self._tokenizing.workers = found.tokenizers
-        self._inferring.workers, self._inferring.lanes = found.models, found.served.lanes
+        self._inferring.workers, self._inferring.lanes = max(1, found.models), found.served.lanes
+        self._inferring.full_concurrency = max(1, found.models) * found.served.lanes * FULL_CALLS_A_LANE
         return found
 
     async def embed(
@@ -183,6 +194,12 @@ class Pipeline:
             queue_ms=max(0.0, (time.perf_counter() - started) * 1e3 - whole.infer_ms),
             infer_ms=whole.infer_ms,
         )
+
+    async def try_out(self, deadline: float) -> None:
+        """Embed a short text that is not counted as work, unless that would wake the model; raises as `embed` does."""
+        described = self._described or await self.discover(deadline)
+        if not self.is_asleep:
+            await self._stages.infer(described.tokenize(["ready?"]).packed, deadline)
 
     def _hold_limits(self, tokenized: Tokenized, frame: Frame, refuse_truncation: bool) -> None:
         if refuse_truncation and tokenized.truncated:
@@ -280,41 +297,3 @@ async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         raise
-
-
-class Catalog:
-    """The configured models by every name they answer to; tells the truth about what is really served."""
-
-    def __init__(self, pipelines: Sequence[Pipeline]) -> None:
-        self.pipelines = pipelines
-        self._configured = {
-            name: pipeline for pipeline in pipelines for name in (pipeline.settings.id, *pipeline.settings.aliases)
-        }
-
-    def served(self) -> list[tuple[str, Pipeline, Served]]:
-        """Every name that answers now, with what stands behind it."""
-        names: list[tuple[str, Pipeline, Served]] = []
-        for pipeline in self.pipelines:
-            if served := pipeline.served:
-                aliases = pipeline.settings.aliases if served.id == pipeline.settings.id else ()
-                names += [(name, pipeline, served) for name in (served.id, *aliases)]
-        return names
-
-    def find(self, name: str) -> Pipeline:
-        """The pipeline behind a name; raises ModelNotFound, or ModelUnavailable while it can't say what it serves."""
-        configured = self._configured.get(name)
-        if configured and configured.served and configured.served.id == configured.settings.id:
-            return configured
-        for served_name, pipeline, _ in self.served():
-            if served_name == name:
-                return pipeline
-        if configured is None:
-            known = ", ".join(f"`{known}`" for known, _, _ in self.served()) or "none yet"
-            raise ModelNotFound(f"The model `{name[:200]}` does not exist here. Models that are served: {known}.")
-        if configured.served is None:
-            raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
-        raise ModelNotFound(
-            f"The model `{name}` is not served here: its weights were not found, and `{configured.served.id}` was "
-            f"loaded in its place ({configured.served.origin}). Ask for that name, or give the service the weights of "
-            f"`{configured.settings.id}` (setting `sources`)."
-        )

@@ -54,8 +54,10 @@ class Scheduler(Generic[Job, Result]):
         self.budget = budget
         self.workers = workers
         self.lanes = lanes
+        self.full_concurrency = full_concurrency
+        self.asked_cost = 0  # of all jobs so far
+        self.unfinished_cost = 0  # of those that are not answered, and were not withdrawn
         self._run = run
-        self._full_concurrency = full_concurrency
         # The whole state. Only code on the event loop's thread touches it, and never across an await.
         self._waiting: deque[Entry[Job, Result]] = deque()
         self.waiting_cost = 0  # of the entries in it, those included whose caller has left
@@ -90,8 +92,13 @@ class Scheduler(Generic[Job, Result]):
         entry: Entry[Job, Result] = Entry(job, cost, time.monotonic(), deadline, is_gone, loop.create_future())
         self._waiting.append(entry)
         self.waiting_cost += cost
+        self.asked_cost += cost
+        self.unfinished_cost += cost
         self._dispatch_soon(loop)
-        return await entry.answer
+        try:
+            return await entry.answer
+        finally:
+            self.unfinished_cost -= cost
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.
@@ -113,7 +120,7 @@ class Scheduler(Generic[Job, Result]):
             self._running_partial += not is_full
 
     def _may_start(self) -> bool:
-        if len(self._running) >= max(self.workers * self.lanes, self._full_concurrency):
+        if len(self._running) >= max(self.workers * self.lanes, self.full_concurrency):
             return False
         if self.waiting_cost >= self.budget:
             return True

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from serve_app import keys as key_files
+from serve_app.catalog import Catalog
 from serve_app.errors import (
     DeadlineExceeded,
     EmbeddingError,
@@ -19,7 +20,7 @@ from serve_app.errors import (
 )
 from serve_app.http import canonical, create_app, middlewares
 from serve_app.keys import Keys
-from serve_app.pipeline import Catalog, Pipeline
+from serve_app.pipeline import Pipeline
 from serve_app.settings import ModelSettings, Settings
 from tests.hand import HandStages, vector
 

@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 
+from serve_app.catalog import Catalog
 from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
 from serve_app.packing import ClientIds
-from serve_app.pipeline import SHORT_CHARACTERS, Catalog, Pipeline
+from serve_app.pipeline import SHORT_CHARACTERS, Pipeline
 from serve_app.settings import ModelSettings
 from tests.hand import HandStages, vector
 

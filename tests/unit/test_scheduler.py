@@ -317,3 +317,21 @@ async def test_running_s_tells_a_worker_that_hangs(worker: Worker) -> None:
     await task
     await turns()
     assert scheduler.running_s == 0.0
+
+
+async def test_what_was_asked_and_what_is_not_finished_is_counted(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=10)
+    first, second, third = submit(scheduler, 1, 2, 3, cost=6)
+    await turns()
+    assert (scheduler.asked_cost, scheduler.unfinished_cost, scheduler.waiting_cost) == (18, 18, 12)
+    third.cancel()
+    await turns()
+    assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 12)
+    worker.let_finish()
+    assert await first == 10
+    assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 6)
+    worker.failure = ValueError("broken")
+    worker.let_finish()
+    with pytest.raises(ValueError, match="broken"):
+        await second
+    assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 0)

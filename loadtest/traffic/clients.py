@@ -53,7 +53,7 @@ class PlainClient:
     def models(self) -> list[dict[str, Any]]:
         """What `/v1/models` lists; raises Fault."""
         try:
-            return list(orjson.loads(self._ask("GET", "models"))["data"])
+            return [{**each, "id": str(each["id"])} for each in orjson.loads(self._ask("GET", "models"))["data"]]
         except (ValueError, KeyError, TypeError):
             raise Fault("body", "not a list of models") from None
 

@@ -69,7 +69,9 @@ def _figures(requests: Requests, elapsed_s: float) -> Figures:
 
 def is_wrong(requests: Requests) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
     """Which requests got an answer that was not right."""
-    return np.fromiter((fault.partition(":")[0] in WRONG for fault in requests.fault), bool, len(requests))
+    wrong = ~requests.right
+    wrong[wrong] = [fault.partition(":")[0] in WRONG for fault in requests.fault[wrong]]
+    return wrong
 
 
 def faults(run: Run) -> list[tuple[str, str, int]]:
@@ -128,7 +130,7 @@ def scaling(run: Run) -> dict[str, Scaling]:
 
 
 def deployments(run: Run) -> list[str]:
-    """Their names, in Serve's order."""
+    """Their names."""
     return list(dict.fromkeys(name for sample in run.samples for name in sample.deployments))
 
 

@@ -149,7 +149,6 @@ def _verdicts(verdicts: Iterable[Verdict]) -> str:
 def _charts(shown: Sequence[svg.Panel], at_s: Floats, bucket_s: int, marks: Sequence[svg.Mark]) -> str:
     until_s = float(at_s[-1] + bucket_s)
     data = {
-        "bucket": bucket_s,
         "left": svg.LEFT / svg.WIDTH,
         "plot": svg.PLOT / svg.WIDTH,
         "width": svg.WIDTH,

@@ -36,7 +36,7 @@ def of_one(line: Timeline, p99_limits_ms: dict[str, float]) -> list[Panel]:
         Panel("Requests in flight", "queued or under way", [Series("requests", FIRST, line.in_flight, "area")], 90),
         Panel(
             "Errors",
-            "per second",
+            "per second" if line.wrong_per_s.any() or line.refused_per_s.any() else "none",
             [
                 Series("wrong answers", BAD, line.wrong_per_s, "area"),
                 Series("refused", COLOURS[1], line.refused_per_s, "area"),

@@ -10,13 +10,15 @@ Each line is an object that says in `line` what it holds:
   null where Serve didn't tell.
 - `note`: a sentence in `text` that whoever reads the run's numbers should know.
 - `end`, once, last.
+
+`read(file).requests` is the run as a trace: `at_s` and `tokens` of its requests in the order of their arrival.
 """
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-COLUMNS = ("at_s", "inputs", "characters", "tokens", "latency_ms")
 # Milliseconds of arrival and hundredths of one of latency are enough, and short to write.
 AT_DIGITS, LATENCY_DIGITS = 3, 2
 
@@ -109,7 +110,7 @@ class Writer:
 class Requests:
     """Requests by arrival, in columns [N]; `fault` is empty where the answer was right."""
 
-    kind: npt.NDArray[np.str_]
+    kind: npt.NDArray[np.object_]
     at_s: Floats
     inputs: Ints
     characters: Ints
@@ -155,17 +156,17 @@ class Run:
 def read(file: Path) -> Run:
     """The run of a record; raises ValueError with one sentence where it is none."""
     about: dict[str, Any] = {}
-    whole = False
     samples: list[Sample] = []
     notes: list[str] = []
-    parts: list[dict[str, Any]] = []
+    parts: list[Requests] = []
+    whole = False
     try:
         for content in _lines(file):
-            line = content.pop("line")
+            line = content["line"]
             if line == "run":
                 about = content
             elif line == "requests":
-                parts.append(content)
+                parts.append(_requests(content))
             elif line == "sample":
                 told = content["deployments"] or {}
                 deployments = {name: Replicas(*replicas) for name, replicas in told.items()}
@@ -178,32 +179,35 @@ def read(file: Path) -> Run:
         raise ValueError(f"{file} is not the record of a run ({type(error).__name__}).") from None
     if not about:
         raise ValueError(f"{file} is not the record of a run: its first line is missing.")
-    return Run(about, _joined(parts), samples, notes, whole)
+    return Run(about, _by_arrival(parts), samples, notes, whole)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """The lines that are whole: of a run that still goes on, or was killed, the last one may not be."""
-    lines: list[dict[str, Any]] = []
     with gzip.open(file, "rt", encoding="utf-8") as source, suppress(EOFError):
         for line in source:
-            lines.append(json.loads(line))  # noqa: PERF401 - what came before the end is kept
-    return lines
+            yield json.loads(line)
 
 
-def _joined(parts: list[dict[str, Any]]) -> Requests:
-    def column(name: str, dtype: type) -> npt.NDArray[Any]:
-        return np.array([value for part in parts for value in part[name]], dtype)
-
-    faults = [part["faults"].get(str(row), "") for part in parts for row in range(len(part["at_s"]))]
-    kinds = np.array([part["kind"] for part in parts], np.str_)
-    joined = Requests(
-        kind=np.repeat(kinds, [len(part["at_s"]) for part in parts]),
-        at_s=column("at_s", float),
-        inputs=column("inputs", int),
-        characters=column("characters", int),
-        tokens=column("tokens", int),
-        latency_ms=column("latency_ms", float),
-        fault=np.array(faults, object),
+def _requests(content: Mapping[str, Any]) -> Requests:
+    count = len(content["at_s"])
+    fault = np.full(count, "", object)
+    for row, reason in content["faults"].items():
+        fault[int(row)] = reason
+    return Requests(
+        kind=np.full(count, content["kind"], object),
+        at_s=np.array(content["at_s"], float),
+        inputs=np.array(content["inputs"], int),
+        characters=np.array(content["characters"], int),
+        tokens=np.array(content["tokens"], int),
+        latency_ms=np.array(content["latency_ms"], float),
+        fault=fault,
     )
-    order = np.argsort(joined.at_s, kind="stable")
-    return Requests(**{name: values[order] for name, values in vars(joined).items()})
+
+
+def _by_arrival(parts: list[Requests]) -> Requests:
+    nobody = {"kind": "", "at_s": [], "inputs": [], "characters": [], "tokens": [], "latency_ms": [], "faults": {}}
+    parts = parts or [_requests(nobody)]
+    order = np.argsort(np.concatenate([part.at_s for part in parts]), kind="stable")
+    columns = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Requests)}
+    return Requests(**{name: column[order] for name, column in columns.items()})

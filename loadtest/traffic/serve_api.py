@@ -60,10 +60,11 @@ def ask(dashboard: str, token: str | None = None) -> dict[str, Replicas]:
 def replicas(details: Mapping[str, Any]) -> dict[str, Replicas]:
     """The replicas of each deployment in Serve's own account; the application is named where there are several."""
     applications = details["applications"]
-    return {
+    found = {
         name if len(applications) == 1 else f"{application}/{name}": Replicas(
             sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]), deployment["target_num_replicas"]
         )
         for application, content in applications.items()
         for name, deployment in content["deployments"].items()
     }
+    return dict(sorted(found.items()))  # Serve's order changes

@@ -14,6 +14,7 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 
 from loadtest.traffic import report, serve_api
+from loadtest.traffic.kinds import KINDS
 from loadtest.traffic.objectives import Limits
 from loadtest.traffic.recorder import Collector, Recorder
 from loadtest.traffic.run import Replicas, Writer
@@ -24,6 +25,7 @@ BUSY = (
     "The load's own processes were at the limit of a core, so latencies are partly theirs: take more processes "
     "(--processes), or fewer users."
 )
+BROKEN = "Users of the load test itself broke down, so that the run says little: the errors are in its output."
 
 
 class Session:
@@ -65,7 +67,7 @@ class Session:
             "shape": options.shape,
             "duration_s": options.run_time,
             "users": options.num_users,
-            "kinds": [user.kind.name for user in self._environment.user_classes],
+            "kinds": [kind for kind in KINDS if kind in {user.kind.name for user in self._environment.user_classes}],
             "pacing": options.pacing,
             "workers": self._environment.runner.worker_count,
             "locust": locust.__version__,
@@ -106,6 +108,7 @@ class Session:
 
     def on_stop(self, **_: Any) -> None:
         """The users are gone; of a run from the web page the last reports still come."""
+        self._watch.kill()
         gevent.spawn_later(3 * runners.WORKER_REPORT_INTERVAL, self.finish)
 
     def finish(self, **_: Any) -> None:
@@ -113,10 +116,13 @@ class Session:
         if self._recorder is None:
             return
         recorder, self._recorder = self._recorder, None
-        self._watch.kill()
+        self._watch.kill()  # unless the run has stopped before
         recorder.add(self._collector.take())
         runner = self._environment.runner
         if runner.cpu_warning_emitted or runner.worker_cpu_warning_emitted:
             recorder.note(BUSY)
+        if runner.exceptions:
+            recorder.note(BROKEN)
         self._writer.close()
-        self._environment.process_exit_code = 0 if report.write(self._writer.file) else 1
+        met = report.write(self._writer.file)
+        self._environment.process_exit_code = 0 if met and not runner.exceptions else 1

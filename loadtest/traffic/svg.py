@@ -19,7 +19,7 @@ LOW_PX = 100
 # A line goes on over seconds without a value, up to so many points.
 GAP_POINTS = 15
 
-Style = Literal["line", "dashed", "step", "dashed step", "area"]
+Style = Literal["line", "step", "dashed step", "area"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What the users ask for, and how many there are over time."""
 
 import doctest
+import re
 from itertools import islice, pairwise
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -56,6 +58,13 @@ def test_all_texts_come_from_few_so_that_each_is_seen_again() -> None:
     known = {query[:keys] for query in QUERIES for keys in range(3, len(query) + 1)} | set(PASSAGES)
     assert {text for kind in KINDS for step in steps(kind, 100) for text in step.texts} <= known
     assert set(KNOWN) <= known and len(known) < 1_300
+
+
+def test_the_readme_tells_of_every_kind_and_shape() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \|$", readme, re.MULTILINE)
+    assert rows == [(name, f"{KINDS[name.lower()].p99_ms:,}") for name, _ in rows] and len(rows) == len(KINDS)
+    assert all(f"`{shape}`" in readme for shape in SHAPES)
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

@@ -200,6 +200,7 @@ def test_the_network_is_open_where_it_must_be_and_nowhere_else() -> None:
 
 def test_prometheus_finds_every_pods_metrics() -> None:
     [monitor] = load("kuberay/podmonitor.yaml")
+    assert "ray.io/cluster" in monitor["spec"]["podTargetLabels"]
     [endpoint] = monitor["spec"]["podMetricsEndpoints"]
     for pod in PODS:
         assert monitor["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()

@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test bench check format clean
+.PHONY: serve test cluster bench check format clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/python -m serve_app serve_config.yaml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests
+
+cluster: $(VENV)/.serve
+	@exec $(BIN)/python -m cluster.local
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m loadtest.bench

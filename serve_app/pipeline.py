@@ -140,6 +140,11 @@ class Pipeline:
         return self._described is not None and not self._described.models
 
     @property
+    def has_backlog(self) -> bool:
+        """Whether more waits for the models than one call carries, so that more of them would help."""
+        return self._inferring.waiting_cost >= self._inferring.budget
+
+    @property
     def schedulers(self) -> tuple[Scheduler[Any, Any], Scheduler[Any, Any]]:
         """What waits for the tokenizers, in characters, and for the models, in tokens."""
         return self._tokenizing, self._inferring

@@ -180,13 +180,12 @@ class Pipeline:
         own faults.
         """
         described = self._described or await self.discover(deadline)
-        frame = described.frame
         started = time.perf_counter()
         if isinstance(inputs, ClientIds):
-            tokenized = accept_ids(inputs, frame)
+            tokenized = accept_ids(inputs, described.frame)
         else:
             tokenized = await self._tokenize(inputs, described, deadline, is_gone)
-        self._hold_limits(tokenized, frame, refuse_truncation)
+        self._hold_limits(tokenized, described.frame, refuse_truncation)
         tokenize_ms = (time.perf_counter() - started) * 1e3
         started = time.perf_counter()
         whole = await self._infer(tokenized.packed, described.served, deadline, is_gone)
@@ -283,12 +282,9 @@ def assemble(parts: Sequence[Embedded], order: NDArray[np.intp]) -> Embedded:
         return parts[0]
     vectors = np.empty((len(order), parts[0].vectors.shape[1]), np.float32)
     vectors[order] = np.concatenate([part.vectors for part in parts])
-    return Embedded(
-        vectors=vectors,
-        weights=parts[0].weights,
-        fingerprint=",".join(sorted({part.fingerprint for part in parts})),
-        infer_ms=max(part.infer_ms for part in parts),  # they run side by side
-    )
+    fingerprint = ",".join(sorted({part.fingerprint for part in parts}))
+    infer_ms = max(part.infer_ms for part in parts)  # they run side by side
+    return replace(parts[0], vectors=vectors, fingerprint=fingerprint, infer_ms=infer_ms)
 
 
 async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:

@@ -1,6 +1,5 @@
 """The documents of cluster/, and `check`, which holds one against the schema of its kind, unknown names included."""
 
-import importlib.metadata
 import json
 import warnings
 from collections.abc import Iterator
@@ -140,7 +139,3 @@ def _closed(schema: Any) -> Any:
     if isinstance(closed.get("properties"), dict) and not closed.get("x-kubernetes-preserve-unknown-fields"):
         closed.setdefault("additionalProperties", False)
     return closed
-
-
-def version_of(package: str) -> str:
-    return importlib.metadata.version(package)

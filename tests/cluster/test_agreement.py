@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from cluster import render
 from serve_app.__main__ import HAPROXY_PORTS, NODE_ENVIRONMENT
 from serve_app.settings import Settings
-from tests.cluster.documents import CLUSTER, ROOT, Document, find, load, version_of
+from tests.cluster.documents import CLUSTER, ROOT, Document, find, load
 
 RAY_SERVICE = load("kuberay/rayservice.yaml")[0]
 CONFIG = load("serve_config.yaml")[0]
@@ -85,7 +86,7 @@ def test_ray_is_the_same_everywhere() -> None:
         for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
         if line.startswith("ray[")
     ]
-    assert RAY_CLUSTER["rayVersion"] == pinned == version_of("ray")
+    assert RAY_CLUSTER["rayVersion"] == pinned == version("ray")
 
 
 def test_the_image_sets_what_a_node_wants() -> None:
@@ -221,7 +222,7 @@ def test_kubectl_builds_the_folder_with_every_image_from_the_registry() -> None:
     ]
     assert sorted(each["kind"] for each in built) == sorted(each["kind"] for each in ours)
     images = re.findall(r"image: (\S+)", done.stdout)
-    tags = {f"registry.example.com/embeddings:{version_of('ivysaur-serve')}-{kind}" for kind in ("cpu", "cuda")}
+    tags = {f"registry.example.com/embeddings:{version('ivysaur-serve')}-{kind}" for kind in ("cpu", "cuda")}
     assert set(images) == {"redis:7.4"} | tags
     for cloud in ("aws.yaml", "gcp.yaml"):
         assert set(re.findall(r"image: (\S+)", (CLUSTER / cloud).read_text())) == tags

@@ -33,7 +33,7 @@ def overlay(base: Any, change: Any) -> Any:
         if None in changes:
             return change
         if unknown := changes.keys() - {_name(entry) for entry in base}:
-            raise ValueError(f"nothing of serve_config.yaml is called {', '.join(sorted(unknown))}")
+            raise ValueError(f"nothing of serve_config.yaml is called {', '.join(sorted(map(str, unknown)))}")
         return [overlay(entry, changes.get(_name(entry), {})) for entry in base]
     return change
 

@@ -84,7 +84,7 @@ class Image:
 
 def context_spec(ignore_file: Path) -> PathSpec:
     """Matches the paths of a build context that .dockerignore keeps from it."""
-    return PathSpec.from_lines("gitwildmatch", ignore_file.read_text().splitlines())
+    return PathSpec.from_lines("gitignore", ignore_file.read_text().splitlines())
 
 
 def build(dockerfile: Path, context: Path, base: Path, work: Path, arguments: Mapping[str, str]) -> Image:

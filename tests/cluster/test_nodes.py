@@ -1,4 +1,4 @@
-"""Which node does what: as Ray's autoscaler decides it from each file, and as a real cluster of five nodes does it."""
+"""Which node does what: as Ray's autoscaler decides it from each file, and as a real cluster of three nodes does it."""
 
 import contextlib
 import json
@@ -112,7 +112,7 @@ def test_a_node_with_a_gpu_runs_the_image_for_it(file: str) -> None:
 
 
 class Nodes:
-    """A cluster on this machine: a head that only steers, two nodes of the CPU pool, two that say they have a GPU.
+    """A cluster on this machine: a head that only steers, a node of the CPU pool, one that says it has two GPUs.
 
     Started as every cluster is, by `ray start`, and with a token, without which Ray's own ports answer nobody.
     """
@@ -133,11 +133,12 @@ class Nodes:
         port = free_port()
         self._start("--head", f"--port={port}", f"--dashboard-port={self.dashboard.rpartition(':')[2]}", "--num-cpus=0")
         [head] = wait(self.summary)
-        for flags in (["--num-cpus=3", "--labels=pool=cpu"], ["--num-cpus=2", "--num-gpus=1", "--labels=pool=gpu"]):
-            for _ in range(2):
-                known = len(self.summary())
-                self._start(f"--address={head['ip']}:{port}", *flags)
-                wait(lambda known=known: len(self.summary()) > known)  # two at once take the same sockets
+        # The node with GPUs has cores to spare, which those that may not run there must leave alone.
+        for known, flags in enumerate(
+            ("--num-cpus=4 --labels=pool=cpu", "--num-cpus=8 --num-gpus=2 --labels=pool=gpu"), 1
+        ):
+            self._start(f"--address={head['ip']}:{port}", *flags.split())
+            wait(lambda known=known: len(self.summary()) > known)  # two at once would take the same sockets
 
     def summary(self) -> list[Document]:
         found: list[Document] = self.get("/nodes?view=summary")["data"]["summary"]

@@ -91,4 +91,7 @@ def test_its_commands_make_an_image_that_can_embed(tmp_path: Path) -> None:
     # Wheels that Python and virtualenv, which is Ray's, carry themselves are no cache.
     carried = "-not -path '*/ensurepip/*' -not -path '*/virtualenv/seed/*'"
     assert image.run(f"find / -xdev -name .cache -o -xdev -name '*.whl' {carried} 2>/dev/null | head") == ""
-    assert image.run("find / -xdev -writable -type f -not -path '/proc/*' -not -path '/home/ray/*' 2>/dev/null | head") == ""
+    assert (
+        image.run("find / -xdev -writable -type f -not -path '/proc/*' -not -path '/home/ray/*' 2>/dev/null | head")
+        == ""
+    )

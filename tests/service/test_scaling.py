@@ -69,7 +69,7 @@ async def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(k
 
         # From zero: what is served is still known, and the first requests wait for the model and are answered.
         await until(is_asleep, 40)
-        assert models(service) == 0
+        await until(lambda: models(service) == 0, 20)
         assert (await http.get("/v1/models")).json()["data"][0]["id"] == MODEL
         asked = time.monotonic()
         await asyncio.gather(*(ask() for _ in range(8)))

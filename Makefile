@@ -10,7 +10,7 @@ SHAPE ?= steps
 DURATION ?= 60
 OPTIONS ?=
 
-.PHONY: serve test load bench check format clean
+.PHONY: serve test load cluster bench check format clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/python -m serve_app serve_config.yaml
@@ -21,6 +21,9 @@ test: $(VENV)/.dev
 load: $(VENV)/.load
 	$(BIN)/locust -f loadtest/traffic/locustfile.py --headless --loglevel WARNING \
 		--host $(URL) --users $(USERS) --shape $(SHAPE) --run-time $(DURATION) $(OPTIONS)
+
+cluster: $(VENV)/.serve
+	@exec $(BIN)/python -m cluster.local
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m loadtest.bench

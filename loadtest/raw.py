@@ -1,14 +1,16 @@
 """`python -m loadtest.raw SECONDS_FACTOR CELL...`: the service's engine alone, without a server: one JSON line a cell.
 
-The texts are tokenized before. A batch is what the cell's connections would have in flight, at most what the service
-gives its engine at a time, or one list as a whole.
+The texts are tokenized before. All lanes are kept busy, as far as there are connections to keep them so. A batch is one
+lane's share of what the cell's connections would have in flight, at most what the service gives its engine at a time;
+or one list as a whole.
 """
 
 import json
 import os
 import sys
 import time
-from itertools import cycle
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -21,43 +23,54 @@ from serve_app.settings import ModelSettings
 BATCH_TOKENS = ModelSettings().batch_tokens
 
 
-def batches(cell: Cell, requests: list[Packed]) -> list[Packed]:
+def batches(cell: Cell, requests: list[Packed], lanes: int) -> list[Packed]:
     """What the engine is given at a time."""
     if cell.rows > 1:
         return requests
     together: list[Packed] = []
-    for start in range(0, len(requests) - cell.connections + 1, cell.connections):
-        waiting = requests[start : start + cell.connections]
+    step = cell.connections // lanes
+    for start in range(0, len(requests) - step + 1, step):
+        waiting = requests[start : start + step]
         edges = cuts([request.tokens for request in waiting], BATCH_TOKENS)
         # Behind a full batch more would be waiting already, so what is left over here is no batch of its own.
-        stop = edges[1]
-        together.append(concat(waiting[:stop]))
+        together.append(concat(waiting[: edges[1]]))
     return together
 
 
 def measure(engine: Engine, cell: Cell, seconds: float) -> dict[str, float]:
     """Rates, and milliseconds of one batch, over so many seconds."""
-    work = batches(cell, packed(cell))
-    for batch in work[:2]:  # an engine prepares itself for each new shape
+    lanes = engine.lanes if cell.rows > 1 else min(engine.lanes, cell.connections)
+    work = batches(cell, packed(cell), lanes)
+    for batch in work[: 2 * lanes]:  # an engine prepares itself for each new shape
         engine.embed(batch)
-    rows = tokens = 0
-    took: list[float] = []
     started = time.perf_counter()
-    for batch in cycle(work):
-        before = time.perf_counter()
-        engine.embed(batch)
-        now = time.perf_counter()
-        took.append((now - before) * 1e3)
-        rows += batch.rows
-        tokens += batch.tokens
-        if now - started >= seconds:
-            break
-    spent = now - started
-    p50, p99 = np.percentile(took, [50, 99])
+    stop = started + seconds
+
+    def run(lane: int) -> list[tuple[Packed, float]]:
+        """Each batch that this lane was through with, and when."""
+        done = []
+        for batch in islice(cycle(work), lane * len(work) // lanes, None):
+            engine.embed(batch)
+            done.append((batch, time.perf_counter()))
+            if done[-1][1] >= stop:
+                return done
+        raise AssertionError("a cycle ended. This is a bug.")
+
+    with ThreadPoolExecutor(lanes) as pool:
+        done = list(pool.map(run, range(lanes)))
+    # A lane's rate is over its own time, since each stops behind a batch of its own.
+    rates = np.zeros(2)
+    took: list[float] = []
+    for batches_of_lane in done:
+        ends = [end for _, end in batches_of_lane]
+        took += np.diff([started, *ends]).tolist()
+        counts = np.sum([(batch.rows, batch.tokens) for batch, _ in batches_of_lane], axis=0)
+        rates += counts / (ends[-1] - started)
+    p50, p99 = np.percentile(took, [50, 99]) * 1e3
     return {
-        "requests_per_s": rows / cell.rows / spent,
-        "texts_per_s": rows / spent,
-        "tokens_per_s": tokens / spent,
+        "requests_per_s": float(rates[0]) / cell.rows,
+        "texts_per_s": float(rates[0]),
+        "tokens_per_s": float(rates[1]),
         "p50_ms": float(p50),
         "p99_ms": float(p99),
     }

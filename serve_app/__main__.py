@@ -21,9 +21,11 @@ import psutil
 import yaml
 from pydantic import ValidationError
 
+from serve_app.autoscale import DrainTime
 from serve_app.settings import Settings
 
 IMPORT_PATH = "serve_app.deployments:build"
+POLICY = "serve_app.autoscale:DrainTime"
 # HAProxy's ports beside the service's own, and Serve's fallback behind it: one of each to a machine.
 HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
@@ -125,6 +127,12 @@ def _check_settings(config: Path, application: dict[str, Any]) -> None:
             raise ValueError(
                 f"{config}: no deployment is called {deployment.get('name')!r}; there are {', '.join(sorted(known))}."
             )
+    policy = application.get("autoscaling_policy") or {}
+    if policy.get("policy_function") == POLICY:
+        try:
+            DrainTime(**policy.get("policy_kwargs", {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config}: autoscaling_policy.policy_kwargs: {error}.") from None
     if settings.keys_file:
         from serve_app.keys import Keys
 

@@ -21,17 +21,20 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app import engines, weights
+from serve_app.autoscale import RATE, WAITING, asked_of, waiting_for
+from serve_app.catalog import Catalog
 from serve_app.channel import Endpoint, Listener
-from serve_app.discovery import choose, refresh
+from serve_app.discovery import refresh
 from serve_app.engines import bert
-from serve_app.errors import EngineError, ModelUnavailable, WeightsError
+from serve_app.errors import EngineError, WeightsError
 from serve_app.http import create_app
 from serve_app.keys import Keys
 from serve_app.packing import Frame, Packed, Tokenized, concat
-from serve_app.pipeline import Catalog, Described, Embedded, Pipeline, Served, deal
-from serve_app.pool import Pool
+from serve_app.pipeline import CALL_CHARACTERS, Embedded, Pipeline, Served, deal
+from serve_app.rate import Rate
 from serve_app.scheduler import Entry, Scheduler
 from serve_app.settings import ModelSettings, Settings
+from serve_app.stages import RemoteStages
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,6 +44,12 @@ ENGINE_STALL_S = 30.0
 ENGINE_FAILURES = 5
 # Characters that are tokenized in under a millisecond, which is not worth a thread.
 INLINE_CHARACTERS = 2_000
+# What a replica tries itself out with: texts of this kind, as many as make a full call or batch.
+TYPICAL_TEXT = "how long does red wine keep once the bottle is open"
+TYPICAL_TOKENS = 32
+# States in which a deployment without a replica may have meant to have none, and for how long that is believed.
+SOUND = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+ASLEEP_S = 10.0
 
 
 @serve.deployment(max_ongoing_requests=64)
@@ -56,14 +65,24 @@ class Tokenizer:
         self._tokenizer = TextTokenizer(found.folder, found.max_tokens, found.lowercase)
         if (known := self._tokenizer.frame.vocabulary) > found.vocabulary:
             raise WeightsError(f"{found.folder}: the tokenizer has {known} tokens, the model {found.vocabulary}")
+        typical = [TYPICAL_TEXT] * (CALL_CHARACTERS // len(TYPICAL_TEXT))
+        self._waiting_characters, self._rate = 0, Rate(CALL_CHARACTERS)
+        self._rate.try_out(CALL_CHARACTERS, lambda: self._tokenizer.tokenize(typical))
         self._listener = Listener({"tokenize": self.tokenize, "hand_over": self.hand_over})
         self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         """Ids of the texts, in order."""
-        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+        characters = sum(map(len, texts))
+        if characters <= INLINE_CHARACTERS:
             return self._tokenizer.tokenize(texts)
-        return await asyncio.to_thread(self._tokenizer.tokenize, texts)
+        self._waiting_characters += characters
+        started = time.perf_counter()
+        try:
+            return await asyncio.to_thread(self._tokenizer.tokenize, texts)
+        finally:
+            self._waiting_characters -= characters
+            self._rate.record(characters, started, time.perf_counter())
 
     async def hand_over(self, _: None, deadline: float) -> tuple[str, Any]:
         """The tokenizer itself with its digest, for callers that do short texts on their own."""
@@ -77,9 +96,9 @@ class Tokenizer:
         """The digest of this replica's tokenizer, to be held against the model's; its frame; where it listens."""
         return self._digest, self._tokenizer.frame, await self._endpoint
 
-    async def record_autoscaling_stats(self) -> dict[str, int]:
-        """What serve_app.autoscale decides by."""
-        return {"ongoing_calls": self._listener.ongoing_calls}
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What serve_app.autoscale decides by, in characters."""
+        return {WAITING: self._waiting_characters, RATE: self._rate.per_s}
 
     async def __del__(self) -> None:  # Serve awaits it before it ends a replica, also one that could not start
         if hasattr(self, "_listener"):
@@ -96,6 +115,10 @@ class Model:
         self._engine = engines.open_engine(network, settings.engine, settings.precision, _cpus())
         self._scheduler: Scheduler[Packed, Embedded] = Scheduler(self._run, settings.batch_tokens, self._engine.lanes)
         self._failures = 0  # batches in a row
+        rows = settings.batch_tokens // TYPICAL_TOKENS
+        typical = Packed(np.ones(rows * TYPICAL_TOKENS, np.int32), np.full(rows, TYPICAL_TOKENS, np.int32))
+        self._rate = Rate(settings.batch_tokens)
+        self._rate.try_out(typical.tokens, lambda: self._engine.embed(typical))
         self._served = Served(
             id=found.id,
             created=int(time.time()),
@@ -117,7 +140,7 @@ class Model:
 
     async def infer(self, packed: Packed, deadline: float) -> Embedded:
         """Vectors of the sequences, in order; raises DeadlineExceeded if they could not start in time."""
-        if self._scheduler.is_idle:
+        if self._scheduler.has_room:
             return await self._scheduler.submit(packed, packed.tokens, deadline)
         job: asyncio.Task[Embedded] = await self._infer_together((packed, deadline))
         return await job
@@ -136,23 +159,24 @@ class Model:
         started = time.perf_counter()
         self._failures += 1  # until it has not failed
         packed = concat(jobs)
-        if packed.tokens <= self._engine.brief_tokens:
+        if packed.tokens <= self._engine.brief_tokens and self._scheduler.running == 1:
             vectors = self._engine.embed(packed)
         else:
             vectors = await asyncio.to_thread(self._engine.embed, packed)
         if not np.isfinite(vectors).all():
             raise EngineError("the engine gave vectors that are not finite")
         self._failures = 0
-        infer_ms = (time.perf_counter() - started) * 1e3
-        return deal(Embedded(vectors, self._served.weights, self._served.fingerprint, infer_ms), jobs)
+        ended = time.perf_counter()
+        self._rate.record(packed.tokens, started, ended)
+        return deal(Embedded(vectors, self._served.weights, self._served.fingerprint, (ended - started) * 1e3), jobs)
 
     async def describe(self) -> tuple[Served, Endpoint]:
         """What this replica serves, and where it listens."""
         return self._served, await self._endpoint
 
-    async def record_autoscaling_stats(self) -> dict[str, int]:
-        """What serve_app.autoscale decides by."""
-        return {"ongoing_calls": self._listener.ongoing_calls}
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What serve_app.autoscale decides by, in tokens."""
+        return {WAITING: self._scheduler.unfinished_cost, RATE: self._rate.per_s}
 
     async def __del__(self) -> None:  # Serve awaits it before it ends a replica, also one that could not start
         if hasattr(self, "_listener"):
@@ -168,64 +192,38 @@ class Model:
             raise EngineError(f"the engine has been at one batch for {self._scheduler.running_s:.0f} s")
 
 
-class RemoteStages:
-    """The stages of one model, as calls to the replicas that Serve names."""
+class Replicas:
+    """The replicas of one deployment, as Serve knows them."""
 
-    def __init__(self, name: str, tokenizer: DeploymentHandle[Any], model: DeploymentHandle[Any]) -> None:
-        self._name = name
-        self._handles = (tokenizer, model)
-        self._tokenizers, self._models = Pool(name), Pool(name)
-        self._weights = ""  # of the models that calls go to
-        self._tokenizer: Any = None  # the tokenizers' own, once it was handed over
-        self._digest = ""  # and its digest
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self.deployment = handle.deployment_name
+        self._handle = handle
+        self._asleep_until = -math.inf
 
-    async def describe(self, deadline: float) -> Described:
-        """Ask all replicas what they serve, and keep to those that agree; raises ModelUnavailable while none do."""
-        tokenizers, models = await asyncio.gather(*(self._ask(handle, deadline) for handle in self._handles))
-        digests = {digest for digest, _, _ in tokenizers}
-        self._weights = choose([served for served, _ in models if served.tokenizer in digests], self._weights)
-        if not self._weights:
-            raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
-        chosen = [(served, endpoint) for served, endpoint in models if served.weights == self._weights]
-        served = chosen[0][0]
-        matching = [(frame, endpoint) for digest, frame, endpoint in tokenizers if digest == served.tokenizer]
-        await asyncio.gather(
-            self._models.update(endpoint for _, endpoint in chosen),
-            self._tokenizers.update(endpoint for _, endpoint in matching),
-        )
-        if self._digest != served.tokenizer:
-            self._digest, self._tokenizer = await self._tokenizers.call("hand_over", None, 0, deadline)
-            if self._digest != served.tokenizer:
-                raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
-        return Described(served, matching[0][0], len(matching), len(chosen), self._tokenizer.tokenize)
-
-    async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
-        """Ids of the texts, in order."""
-        tokenized: Tokenized = await self._tokenizers.call("tokenize", texts, sum(map(len, texts)), deadline)
-        return tokenized
-
-    async def infer(self, packed: Packed, deadline: float) -> Embedded:
-        """Vectors of the sequences, in order."""
-        embedded: Embedded = await self._models.call("infer", packed, packed.tokens, deadline)
-        return embedded
-
-    async def _ask(self, handle: DeploymentHandle[Any], deadline: float) -> list[Any]:
+    async def describe(self, deadline: float) -> list[Any]:
+        """What each of them says of itself; nothing of those that are silent."""
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 # Serve's public way to await these fails for all of them when one is silent.
-                replies = await handle.broadcast("describe")._fetch_replica_results_async()
+                replies = await self._handle.broadcast("describe")._fetch_replica_results_async()
         except (TimeoutError, DeploymentUnavailableError):
             replies = []
         # Less than the whole time, so that the others can still be connected to when one is silent.
         left_s = (deadline - time.monotonic()) / 2
         waits = (asyncio.wait_for(reply.get_async(), left_s) for reply in replies)  # type: ignore[no-untyped-call]
         found = await asyncio.gather(*waits, return_exceptions=True)
-        answers = [answer for answer in found if not isinstance(answer, BaseException)]
-        if not answers:
-            raise ModelUnavailable(
-                f"No replica of `{self._name}` is there: it is loading, or failed to load; the server's log says which."
-            )
-        return answers
+        return [answer for answer in found if not isinstance(answer, BaseException)]
+
+    async def are_asleep(self) -> bool:
+        """Whether there are none because none is needed, or the first is only starting; Serve is asked now and then."""
+        if time.monotonic() > self._asleep_until:
+            status = await asyncio.to_thread(serve.status)
+            application = status.applications.get(self._handle.app_name)
+            ours = application.deployments.get(self.deployment) if application else None
+            if ours is None or "RUNNING" in ours.replica_states or ours.status not in SOUND:
+                return False
+            self._asleep_until = time.monotonic() + ASLEEP_S
+        return True
 
 
 @serve.deployment(max_ongoing_requests=4096)
@@ -240,16 +238,30 @@ class Ingress:
         self._keys = Keys(Path(settings.keys_file)) if settings.keys_file else None
         if self._keys is None:
             logger.warning("no keys_file is set: the service is open to everybody who can reach it")
+        self._stages = [
+            RemoteStages(model.id, *map(Replicas, pair)) for model, pair in zip(settings.models, handles, strict=True)
+        ]
         self._catalog = Catalog(
             [
-                Pipeline(model, RemoteStages(model.id, tokenizer, replica), settings.max_request_tokens)
-                for model, (tokenizer, replica) in zip(settings.models, handles, strict=True)
+                Pipeline(model, stages, settings.max_request_tokens)
+                for model, stages in zip(settings.models, self._stages, strict=True)
             ]
         )
         self._refreshing = [asyncio.ensure_future(refresh(pipeline)) for pipeline in self._catalog.pipelines]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._catalog, self._settings, self._keys)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What serve_app.autoscale decides by: the work that is held here, and all that was asked, of each stage."""
+        stats: dict[str, float] = {}
+        for pipeline, stages in zip(self._catalog.pipelines, self._stages, strict=True):
+            for name, load, scheduler in zip(stages.deployments, stages.loads, pipeline.schedulers, strict=True):
+                stats[asked_of(name)] = scheduler.asked_cost
+                stats[waiting_for(name)] = max(0, scheduler.unfinished_cost - load)
+            if pipeline.served is None:  # what a model serves is learnt from a replica of it, so one is needed
+                stats[waiting_for(stages.deployments[1])] += 1
+        return stats
 
 
 def _host() -> str:

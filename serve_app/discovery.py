@@ -38,7 +38,8 @@ async def refresh(pipeline: Pipeline) -> None:
             if not isinstance(error, EmbeddingError):
                 logger.exception(f"asking what {pipeline.settings.id} serves failed")
         else:
-            pause_s = min(REFRESH_LONGEST_S, max(pause_s, (time.monotonic() - started) / REFRESH_SHARE))
+            if not pipeline.has_backlog:  # else a new replica is worth the asking
+                pause_s = min(REFRESH_LONGEST_S, max(pause_s, (time.monotonic() - started) / REFRESH_SHARE))
             if known != served.fingerprint:
                 known = served.fingerprint
                 stand_in = "" if served.id == pipeline.settings.id else f" in place of {pipeline.settings.id}"

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app import wire
+from serve_app.catalog import Catalog
 from serve_app.errors import (
     CallerGone,
     DeadlineExceeded,
@@ -36,7 +37,7 @@ from serve_app.errors import (
     Unauthenticated,
 )
 from serve_app.keys import Keys
-from serve_app.pipeline import Catalog, Served
+from serve_app.pipeline import Pipeline, Served
 from serve_app.settings import Settings
 
 logger = logging.getLogger("ray.serve")
@@ -54,12 +55,10 @@ ERRORS: Mapping[type[EmbeddingError], tuple[int, str, str | None]] = {
     DeadlineExceeded: (504, "server_error", "deadline_exceeded"),
     CallerGone: (499, "client_error", "client_closed_request"),  # nobody reads it
 }
-# Seconds after which a client should ask again for a model that is loading.
-LOADING_RETRY_AFTER_S = 2
+LOADING_RETRY_AFTER_S = 2  # after which a client should ask again for a model that is loading
 # uvicorn's own `receive`, whose connection knows if the client is there; not in the scope, which Serve may pickle.
 _received_by: ContextVar[Receive | None] = ContextVar("_received_by", default=None)
-# Time that `/readyz` gives one short text to come back.
-READY_TIMEOUT_S = 5.0
+READY_TIMEOUT_S = 5.0  # that `/readyz` gives one short text to come back
 
 
 def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIApp:
@@ -118,19 +117,19 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
 
     @app.get("/readyz")
     async def readyz(request: Request) -> Response:
-        async def state(pipeline: Any) -> str:
+        async def state(pipeline: Pipeline) -> str:
             try:
                 async with asyncio.timeout(READY_TIMEOUT_S):
-                    await pipeline.embed(["ready?"], time.monotonic() + READY_TIMEOUT_S)
+                    await pipeline.try_out(time.monotonic() + READY_TIMEOUT_S)
             except TimeoutError:
                 return f"no answer within {READY_TIMEOUT_S:g} s"
             except EmbeddingError as error:
                 return str(error)
-            return "ready"
+            return "asleep" if pipeline.is_asleep else "ready"
 
         states = await asyncio.gather(*(state(pipeline) for pipeline in catalog.pipelines))
         named = {p.settings.id: shown for p, shown in zip(catalog.pipelines, states, strict=True)}
-        ready = "ready" in states
+        ready = "ready" in states or "asleep" in states
         # One model that can embed makes the service worth sending requests to; the others are named with their reason.
         return _json({"status": "ready" if ready else "not ready", "models": named}, 200 if ready else 503)
 

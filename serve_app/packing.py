@@ -59,11 +59,17 @@ def cuts(costs: Iterable[int], budget: int) -> list[int]:
     return edges
 
 
-def split(packed: Packed, budget_tokens: int) -> list[Packed]:
-    """Cut into pieces of at most `budget_tokens` (or one row), in order; views, no copies."""
-    if packed.tokens <= budget_tokens:
+def split(packed: Packed, budget_tokens: int, parts: int = 1) -> list[Packed]:
+    """Cut into pieces of at most `budget_tokens` (or one row), in order; views, no copies.
+
+    As few as that allows, but `parts` if there are as many rows, and about equal.
+    """
+    parts = max(1, min(packed.rows, max(parts, -(-packed.tokens // budget_tokens))))
+    if parts == 1:
         return [packed] if packed.rows else []
-    edges = cuts(packed.lengths.tolist(), budget_tokens)
+    # Half a row more than an equal part, or what the cuts round off would be a piece of its own.
+    equal_tokens = packed.tokens / parts + packed.tokens / packed.rows / 2
+    edges = cuts(packed.lengths.tolist(), min(budget_tokens, int(equal_tokens)))
     offsets = np.concatenate(([0], np.cumsum(packed.lengths)))
     return [
         Packed(packed.ids[offsets[start] : offsets[stop]], packed.lengths[start:stop])
@@ -94,33 +100,66 @@ def group(lengths: Int32, budget_tokens: int, launch_tokens: int) -> list[NDArra
     return groups
 
 
-def bucket(rows: int, longest: int) -> tuple[int, int]:
-    """The shape to pad a group to, so that an engine meets few: up to 1/4 more rows, 1/8 longer.
+def bucket(number: int, steps: int, least: int = 1) -> int:
+    """The size to pad to, so that an engine meets few: the next of `steps` equal steps to the power of two above, or of
+    steps of `least` where those are larger.
 
-    >>> bucket(5, 11), bucket(33, 66), bucket(1, 512)
-    ((5, 11), (40, 72), (1, 512))
+    >>> bucket(5, 8), bucket(33, 8), bucket(66, 16), bucket(512, 16), bucket(11, 16, least=16)
+    (5, 40, 72, 512, 16)
     """
-    return _round_up(rows, 8), _round_up(longest, 16)
-
-
-def _round_up(number: int, steps: int) -> int:
-    """To the next of `steps` equal steps on the way to the power of two from `number` on."""
-    step = max(1, (1 << (number - 1).bit_length()) // steps)
+    step = max(least, (1 << (number - 1).bit_length()) // steps)
     return -(-number // step) * step
 
 
-def pad(packed: Packed, rows: NDArray[np.intp], shape: tuple[int, int]) -> tuple[Int32, Int32]:
-    """Lay the named rows out for a padding engine: ids int32 [b, S], zeros behind each row; lengths int32 [b].
+def positions(packed: Packed) -> Int32:
+    """The place of each token in its own sequence, int32 [T].
 
-    `shape` holds them all; a row that is not there has length 1, so that nothing is divided by zero.
+    >>> positions(Packed(np.zeros(5, np.int32), np.array([2, 3], np.int32)))
+    array([0, 1, 0, 1, 2], dtype=int32)
     """
-    lengths = np.ones(shape[0], np.int32)
-    lengths[: len(rows)] = packed.lengths[rows]
-    starts = np.zeros(shape[0], np.int64)
-    starts[: len(rows)] = (np.cumsum(packed.lengths) - packed.lengths)[rows]
-    columns = np.arange(shape[1])
-    inside = columns < lengths[:, None]  # [b, S]
-    return np.where(inside, packed.ids[np.where(inside, starts[:, None] + columns, 0)], np.int32(0)), lengths
+    starts = np.cumsum(packed.lengths, dtype=np.int32) - packed.lengths
+    return np.arange(packed.tokens, dtype=np.int32) - np.repeat(starts, packed.lengths)
+
+
+def reorder(packed: Packed, order: NDArray[np.intp]) -> Packed:
+    """The same sequences in another order, or some of them."""
+    lengths = packed.lengths[order]
+    starts = (np.cumsum(packed.lengths) - packed.lengths)[order]
+    shift = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return Packed(packed.ids[np.arange(len(shift)) + shift], lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The same tokens end to end and as a rectangle of one sequence a row, for an engine that computes with both.
+
+    ids and positions int32 [T]; places int32 [b, S]: which token stands in each cell, any one where none does;
+    lengths int32 [b]; cells int32 [T]: in which cell, counted row by row, each token stands.
+    """
+
+    ids: Int32
+    positions: Int32
+    places: Int32
+    lengths: Int32
+    cells: Int32
+
+
+def lay_out(packed: Packed, tokens: int, rows: int, longest: int) -> Grid:
+    """Lay sequences out with `tokens`, `rows` and `longest` at least what they have themselves.
+
+    A token too many is a copy of nothing's id 0 in the first cell; a row too many has length 1, so that nothing is
+    divided by zero.
+    """
+    place = positions(packed)
+    lengths = np.ones(rows, np.int32)
+    lengths[: packed.rows] = packed.lengths
+    starts = np.zeros(rows, np.int32)
+    starts[1 : packed.rows] = np.cumsum(packed.lengths[:-1])
+    columns = np.arange(longest, dtype=np.int32)
+    places = np.where(columns < lengths[:, None], starts[:, None] + columns, 0)
+    cells = np.repeat(np.arange(packed.rows, dtype=np.int32) * longest, packed.lengths) + place
+    missing = (0, tokens - packed.tokens)
+    return Grid(np.pad(packed.ids, missing), np.pad(place, missing), places, lengths, np.pad(cells, missing))
 
 
 @dataclass(frozen=True, slots=True)

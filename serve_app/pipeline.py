@@ -11,13 +11,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from serve_app.errors import InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
-from serve_app.packing import ClientIds, Float32, Frame, Packed, Tokenized, accept_ids, concat, cuts, join, split
-from serve_app.scheduler import Entry, Scheduler
+from serve_app.errors import InvalidInput, ModelUnavailable, TooManyTokens
+from serve_app.packing import (
+    ClientIds,
+    Float32,
+    Frame,
+    Packed,
+    Tokenized,
+    accept_ids,
+    concat,
+    cuts,
+    join,
+    reorder,
+    split,
+)
+from serve_app.scheduler import SHARES, Entry, Scheduler
 from serve_app.settings import ModelSettings
 
 T = TypeVar("T")
@@ -28,9 +41,11 @@ SHORT_CHARACTERS = 1_000
 CALL_CHARACTERS = 32_768
 # Calls that are on their way to a stage at once, beyond one for each that its replicas can work on: none, so that all
 # that arrives meanwhile leaves together, in one large batch, when one comes back. On two cores one in flight gave 317
-# requests/s at 8 connections and two gave 244. Full calls gain nothing by waiting, so they go on to where all replicas
-# can share them, and where the queue that the service scales by is measured.
-FULL_CALLS_IN_FLIGHT = 64
+# requests/s at 8 connections and two gave 244. Full calls gain nothing by waiting, so one more may go ahead of each
+# that a model works on, which so never idles; all else stays here, where a new replica can take it. Calls to tokenizers
+# are soon over.
+FULL_CALLS_A_LANE = 2
+FULL_CALLS_TO_TOKENIZERS = 64
 # How long replicas may take to say what they serve.
 DISCOVERY_TIMEOUT_S = 5.0
 # Times that a request is computed again while replicas of new weights take the place of old ones.
@@ -73,7 +88,7 @@ class Described:
     served: Served
     frame: Frame
     tokenizers: int
-    models: int
+    models: int  # 0 while they are scaled to zero
     tokenize: Callable[[Sequence[str]], Tokenized]  # the tokenizers' own tokenizer, in this process
 
 
@@ -110,16 +125,29 @@ class Pipeline:
         self._stages = stages
         self._max_request_tokens = max_request_tokens
         self._tokenizing: Scheduler[Sequence[str], Tokenized] = Scheduler(
-            self._tokenize_together, CALL_CHARACTERS, full_concurrency=FULL_CALLS_IN_FLIGHT
+            self._tokenize_together, CALL_CHARACTERS, full_concurrency=FULL_CALLS_TO_TOKENIZERS
         )
-        self._inferring: Scheduler[Packed, Embedded] = Scheduler(
-            self._infer_together, settings.batch_tokens, full_concurrency=FULL_CALLS_IN_FLIGHT
-        )
+        self._inferring: Scheduler[Packed, Embedded] = Scheduler(self._infer_together, settings.batch_tokens)
 
     @property
     def served(self) -> Served | None:
         """What the replicas said last that they serve; None until they did."""
         return self._described.served if self._described else None
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the model has no replica because it needs none; the next request starts one."""
+        return self._described is not None and not self._described.models
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether more waits for the models than one call carries, so that more of them would help."""
+        return self._inferring.waiting_cost >= self._inferring.budget
+
+    @property
+    def schedulers(self) -> tuple[Scheduler[Any, Any], Scheduler[Any, Any]]:
+        """What waits for the tokenizers, in characters, and for the models, in tokens."""
+        return self._tokenizing, self._inferring
 
     async def discover(self, deadline: float) -> Described:
         """Ask the replicas what they serve; raises ModelUnavailable while none can say. All who ask at once share."""
@@ -134,8 +162,9 @@ class Pipeline:
 
     async def _discover(self) -> Described:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
-        self._tokenizing.concurrency = found.tokenizers
-        self._inferring.concurrency = found.models * found.served.lanes
+        self._tokenizing.workers = found.tokenizers
+        self._inferring.workers, self._inferring.lanes = max(1, found.models), found.served.lanes
+        self._inferring.full_concurrency = max(1, found.models) * found.served.lanes * FULL_CALLS_A_LANE
         return found
 
     async def embed(
@@ -151,27 +180,30 @@ class Pipeline:
         own faults.
         """
         described = self._described or await self.discover(deadline)
-        frame = described.frame
         started = time.perf_counter()
         if isinstance(inputs, ClientIds):
-            tokenized = accept_ids(inputs, frame)
+            tokenized = accept_ids(inputs, described.frame)
         else:
             tokenized = await self._tokenize(inputs, described, deadline, is_gone)
-        self._hold_limits(tokenized, frame, refuse_truncation)
+        self._hold_limits(tokenized, described.frame, refuse_truncation)
         tokenize_ms = (time.perf_counter() - started) * 1e3
         started = time.perf_counter()
-        parts = await self._infer(tokenized.packed, described.served, deadline, is_gone)
-        # The longest of the parts: those of one request run side by side.
-        infer_ms = max(part.infer_ms for part in parts)
+        whole = await self._infer(tokenized.packed, described.served, deadline, is_gone)
         return Answer(
-            vectors=parts[0].vectors if len(parts) == 1 else np.concatenate([part.vectors for part in parts]),
+            vectors=whole.vectors,
             tokens=tokenized.packed.tokens,
             truncated=tokenized.truncated,
-            fingerprint=",".join(sorted({part.fingerprint for part in parts})),
+            fingerprint=whole.fingerprint,
             tokenize_ms=tokenize_ms,
-            queue_ms=max(0.0, (time.perf_counter() - started) * 1e3 - infer_ms),
-            infer_ms=infer_ms,
+            queue_ms=max(0.0, (time.perf_counter() - started) * 1e3 - whole.infer_ms),
+            infer_ms=whole.infer_ms,
         )
+
+    async def try_out(self, deadline: float) -> None:
+        """Embed a short text that is not counted as work, unless that would wake the model; raises as `embed` does."""
+        described = self._described or await self.discover(deadline)
+        if not self.is_asleep:
+            await self._stages.infer(described.tokenize(["ready?"]).packed, deadline)
 
     def _hold_limits(self, tokenized: Tokenized, frame: Frame, refuse_truncation: bool) -> None:
         if refuse_truncation and tokenized.truncated:
@@ -200,17 +232,19 @@ class Pipeline:
         ]
         return join(await _all(jobs))
 
-    async def _infer(
-        self, packed: Packed, served: Served, deadline: float, is_gone: Callable[[], bool]
-    ) -> list[Embedded]:
-        """All pieces by the same weights: those that were known when the request's model was looked up, or others of
-        the same model and tokenizer that have taken their place."""
-        pieces = split(packed, self.settings.batch_tokens)
+    async def _infer(self, packed: Packed, served: Served, deadline: float, is_gone: Callable[[], bool]) -> Embedded:
+        """All rows by the same weights: those that were known when the request's model was looked up, or others of the
+        same model and tokenizer that have taken their place."""
+        # A piece for each batch that the replicas can run at once, with rows of like length together.
+        budget = self.settings.batch_tokens
+        shares = min(self._inferring.workers * self._inferring.lanes, packed.tokens * SHARES // budget)
+        order = np.argsort(-packed.lengths, kind="stable")
+        pieces = split(packed if packed.rows == 1 else reorder(packed, order), budget, shares)
         name, tokenizer = served.id, served.tokenizer
         for _ in range(ROLLOUT_TRIES):
             parts = await _all([self._inferring.submit(piece, piece.tokens, deadline, is_gone) for piece in pieces])
             if {part.weights for part in parts} == {served.weights}:
-                return parts
+                return assemble(parts, order)
             served = (await self.discover(deadline)).served  # replicas were replaced
             if (served.id, served.tokenizer) != (name, tokenizer):
                 break
@@ -242,6 +276,17 @@ def deal(whole: Embedded, jobs: Sequence[Packed]) -> list[Embedded]:
     return [replace(whole, vectors=whole.vectors[end - job.rows : end]) for job, end in zip(jobs, ends, strict=True)]
 
 
+def assemble(parts: Sequence[Embedded], order: NDArray[np.intp]) -> Embedded:
+    """One answer of several: row i of all parts together is that of input `order[i]`."""
+    if len(parts) == len(order) == 1:
+        return parts[0]
+    vectors = np.empty((len(order), parts[0].vectors.shape[1]), np.float32)
+    vectors[order] = np.concatenate([part.vectors for part in parts])
+    fingerprint = ",".join(sorted({part.fingerprint for part in parts}))
+    infer_ms = max(part.infer_ms for part in parts)  # they run side by side
+    return replace(parts[0], vectors=vectors, fingerprint=fingerprint, infer_ms=infer_ms)
+
+
 async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:
     """Await all; on the first failure the others are cancelled, so that nothing computes what nobody will read."""
     if len(jobs) == 1:
@@ -253,41 +298,3 @@ async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         raise
-
-
-class Catalog:
-    """The configured models by every name they answer to; tells the truth about what is really served."""
-
-    def __init__(self, pipelines: Sequence[Pipeline]) -> None:
-        self.pipelines = pipelines
-        self._configured = {
-            name: pipeline for pipeline in pipelines for name in (pipeline.settings.id, *pipeline.settings.aliases)
-        }
-
-    def served(self) -> list[tuple[str, Pipeline, Served]]:
-        """Every name that answers now, with what stands behind it."""
-        names: list[tuple[str, Pipeline, Served]] = []
-        for pipeline in self.pipelines:
-            if served := pipeline.served:
-                aliases = pipeline.settings.aliases if served.id == pipeline.settings.id else ()
-                names += [(name, pipeline, served) for name in (served.id, *aliases)]
-        return names
-
-    def find(self, name: str) -> Pipeline:
-        """The pipeline behind a name; raises ModelNotFound, or ModelUnavailable while it can't say what it serves."""
-        configured = self._configured.get(name)
-        if configured and configured.served and configured.served.id == configured.settings.id:
-            return configured
-        for served_name, pipeline, _ in self.served():
-            if served_name == name:
-                return pipeline
-        if configured is None:
-            known = ", ".join(f"`{known}`" for known, _, _ in self.served()) or "none yet"
-            raise ModelNotFound(f"The model `{name[:200]}` does not exist here. Models that are served: {known}.")
-        if configured.served is None:
-            raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
-        raise ModelNotFound(
-            f"The model `{name}` is not served here: its weights were not found, and `{configured.served.id}` was "
-            f"loaded in its place ({configured.served.origin}). Ask for that name, or give the service the weights of "
-            f"`{configured.settings.id}` (setting `sources`)."
-        )

@@ -26,6 +26,11 @@ class Pool:
         self._channels: dict[Endpoint, Channel] = {}
         self._changed = asyncio.Event()
 
+    @property
+    def load(self) -> int:
+        """Cost of the calls that these replicas have."""
+        return sum(channel.load for channel in self._channels.values())
+
     async def update(self, endpoints: Iterable[Endpoint]) -> None:
         """Connect to those of these that are new, and send no more calls to those that are not among them.
 

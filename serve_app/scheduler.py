@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 
 from serve_app.errors import CallerGone, DeadlineExceeded
 
+# Into how many shares a budget is cut at most: what is smaller than one is not worth a batch of its own.
+SHARES = 64
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -42,15 +44,20 @@ class Scheduler(Generic[Job, Result]):
         self,
         run: Callable[[Sequence[Entry[Job, Result]]], Awaitable[Sequence[Result]]],
         budget: int,
-        concurrency: int = 1,
+        workers: int = 1,
+        lanes: int = 1,
         full_concurrency: int = 0,
     ) -> None:
-        """`budget`: most cost in one batch; `concurrency`: batches that may run at once, or, of batches that are full
-        and so would gain nothing from waiting, `full_concurrency` where that is more."""
+        """`budget`: most cost in one batch; `workers`: batches of any size that may run at once; `lanes`: batches that
+        each worker runs at once, those beyond its first of a share at least; `full_concurrency`: batches that are full,
+        and so would gain nothing from waiting, that may run at once where that is more."""
         self.budget = budget
-        self.concurrency = concurrency
+        self.workers = workers
+        self.lanes = lanes
+        self.full_concurrency = full_concurrency
+        self.asked_cost = 0  # of all jobs so far
+        self.unfinished_cost = 0  # of those that are not answered, and were not withdrawn
         self._run = run
-        self._full_concurrency = full_concurrency
         # The whole state. Only code on the event loop's thread touches it, and never across an await.
         self._waiting: deque[Entry[Job, Result]] = deque()
         self.waiting_cost = 0  # of the entries in it, those included whose caller has left
@@ -62,9 +69,14 @@ class Scheduler(Generic[Job, Result]):
         return f"<Scheduler waiting={len(self._waiting)} running={len(self._running)}>"
 
     @property
-    def is_idle(self) -> bool:
-        """Whether a job submitted now would start at once, alone."""
-        return not self._waiting and not self._running
+    def has_room(self) -> bool:
+        """Whether a job submitted now would start at once, in a batch of its own."""
+        return not self._waiting and len(self._running) < self.workers
+
+    @property
+    def running(self) -> int:
+        """Batches that run now."""
+        return len(self._running)
 
     @property
     def running_s(self) -> float:
@@ -80,8 +92,13 @@ class Scheduler(Generic[Job, Result]):
         entry: Entry[Job, Result] = Entry(job, cost, time.monotonic(), deadline, is_gone, loop.create_future())
         self._waiting.append(entry)
         self.waiting_cost += cost
+        self.asked_cost += cost
+        self.unfinished_cost += cost
         self._dispatch_soon(loop)
-        return await entry.answer
+        try:
+            return await entry.answer
+        finally:
+            self.unfinished_cost -= cost
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.
@@ -92,8 +109,9 @@ class Scheduler(Generic[Job, Result]):
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         self._dispatch_is_due = False
         while self._may_start():
-            is_full = self.waiting_cost >= self.budget
-            if not (batch := self._take()):
+            share = self._share()
+            is_full = share >= self.budget
+            if not (batch := self._take(share)):
                 break
             # In a context of its own: a batch belongs to no one caller, and Serve cancels all calls that were made in
             # the context of a request whose client leaves.
@@ -102,17 +120,26 @@ class Scheduler(Generic[Job, Result]):
             self._running_partial += not is_full
 
     def _may_start(self) -> bool:
-        if len(self._running) >= max(self.concurrency, self._full_concurrency):
+        if len(self._running) >= max(self.workers * self.lanes, self.full_concurrency):
             return False
-        # What is not full does not wait for what is: a short text would wait for all of a long list.
-        return self.waiting_cost >= self.budget or self._running_partial < self.concurrency
+        if self.waiting_cost >= self.budget:
+            return True
+        # What is not full does not wait for what is: a short text would wait for all of a long list. But it does wait
+        # for what is not full either, unless it is enough to be worth a lane.
+        slots = self.workers * (self.lanes if self.waiting_cost >= self.budget // SHARES else 1)
+        return self._running_partial < slots
 
-    def _take(self) -> list[Entry[Job, Result]]:
-        """The next batch: oldest first, up to the budget or one job; empty if nobody waits for anything."""
+    def _share(self) -> int:
+        """Most cost of the next batch: of what waits, as much for each batch that could start now."""
+        free = max(1, self.workers * self.lanes - self._running_partial)
+        return min(self.budget, max(-(-self.waiting_cost // free), self.budget // SHARES))
+
+    def _take(self, share: int) -> list[Entry[Job, Result]]:
+        """The next batch: oldest first, up to the share or one job; empty if nobody waits for anything."""
         now = time.monotonic()
         batch: list[Entry[Job, Result]] = []
         spent = 0
-        while self._waiting and (not batch or spent + self._waiting[0].cost <= self.budget):
+        while self._waiting and (not batch or spent + self._waiting[0].cost <= share):
             entry = self._waiting.popleft()
             self.waiting_cost -= entry.cost
             if entry.answer.done():  # the caller withdrew it

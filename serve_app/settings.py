@@ -60,12 +60,11 @@ class ModelSettings(Frozen):
     )
     normalize: bool = Field(default=True, description="Scale vectors to length 1, as OpenAI's are.")
     batch_tokens: int = Field(
-        default=2048,
+        default=1024,
         ge=64,
         le=1 << 18,
-        description="Most tokens that the engine takes at a time, and most that one call carries. Larger feeds a GPU "
-        "better (65,536), smaller keeps a short text from waiting behind a long list (2,048 are 0.1 to 0.2 s "
-        "of two cores).",
+        description="Most tokens in one batch, and most that one call carries. Larger feeds a GPU better (65,536), "
+        "smaller keeps a short text from waiting behind a long list (1,024 are 0.1 to 0.2 s of one core).",
     )
 
     @property

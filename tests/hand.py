@@ -52,6 +52,7 @@ class HandStages:
         self.tokens_by_call: list[int] = []
         self.tokenizer = "t0k"
         self.descriptions = 0
+        self.models = 1
         self.weights: list[str] = []  # of the next calls' replicas, where they are not those described
 
     async def describe(self, deadline: float) -> Described:
@@ -59,7 +60,7 @@ class HandStages:
             raise self.failure
         self.descriptions += 1
         described = replace(served(self.model), tokenizer=self.tokenizer)
-        return Described(described, FRAME, tokenizers=1, models=1, tokenize=tokenized)
+        return Described(described, FRAME, tokenizers=1, models=self.models, tokenize=tokenized)
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         self.texts_by_call.append(len(texts))

@@ -93,7 +93,7 @@ def open_engine(bert: Bert, engine: str, precision: str, threads: int) -> Engine
 
 
 def self_test(engine: Engine, bert: Bert) -> float:
-    """The lowest cosine between the engine's vectors and the reference's, over short, long and mixed sequences.
+    """The lowest cosine between the engine's vectors and the reference's, over a mixed batch and one sequence alone.
 
     A first run before it is the warm-up. Raises EngineError under the precision's bar.
     """
@@ -103,7 +103,9 @@ def self_test(engine: Engine, bert: Bert) -> float:
     ids = random.integers(len(bert.words) // 30, len(bert.words), int(lengths.sum())).astype(np.int32)
     packed = Packed(ids, lengths)
     engine.embed(Packed(ids[:9], np.array([9], np.int32)))
-    got, want = engine.embed(packed), reference(bert, packed)
+    alone = Packed(ids[-64:], lengths[-1:])
+    got, want = np.concatenate([engine.embed(packed), engine.embed(alone)]), reference(bert, packed)
+    want = np.concatenate([want, want[-1:]])
     if got.shape != want.shape or got.dtype != np.float32:
         raise EngineError(f"self-test of {engine.name}: vectors are {got.dtype} {got.shape}, not float32 {want.shape}")
     norms = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from serve_app.engines import Precision
 from serve_app.engines.bert import Bert, Dense, Norm
 from serve_app.errors import EngineError
-from serve_app.packing import Float32, Int32, Packed, group, split
+from serve_app.packing import Float32, Int32, Packed, group, positions, reorder, split
 
 logger = logging.getLogger("ray.serve")
 
@@ -230,14 +230,6 @@ def fit(tokens: int, rows: int) -> tuple[int, int]:
     return next((shape for shape in GRAPHS if tokens <= shape[0] and rows <= shape[1]), (tokens, rows))
 
 
-def reorder(packed: Packed, order: NDArray[np.intp]) -> Packed:
-    """The same sequences in another order."""
-    lengths = packed.lengths[order]
-    starts = (np.cumsum(packed.lengths) - packed.lengths)[order]
-    shift = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-    return Packed(packed.ids[np.arange(packed.tokens) + shift], lengths)
-
-
 def lay_out(packed: Packed, tokens: int, rows: int) -> Int32:
     """All that a forward pass reads, in one array and so one copy, padded to `tokens` and `rows`.
 
@@ -245,14 +237,14 @@ def lay_out(packed: Packed, tokens: int, rows: int) -> Int32:
     last ends). Padding tokens belong to row B, which does not exist; padding rows have no tokens.
     """
     staged = np.zeros(3 * tokens + rows + 1, np.int32)
-    ids, positions, owners = staged[: 3 * tokens].reshape(3, tokens)
+    ids, places, owners = staged[: 3 * tokens].reshape(3, tokens)
     starts = staged[3 * tokens :]
     starts[1 : packed.rows + 1] = np.cumsum(packed.lengths)
     starts[packed.rows + 1 :] = packed.tokens
     owners[:] = rows
     owners[: packed.tokens] = np.repeat(np.arange(packed.rows), packed.lengths)
     ids[: packed.tokens] = packed.ids
-    positions[: packed.tokens] = np.arange(packed.tokens) - np.repeat(starts[: packed.rows], packed.lengths)
+    places[: packed.tokens] = positions(packed)
     return staged
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from serve_app import keys as key_files
+from serve_app.catalog import Catalog
 from serve_app.errors import (
     DeadlineExceeded,
     EmbeddingError,
@@ -19,7 +20,7 @@ from serve_app.errors import (
 )
 from serve_app.http import canonical, create_app, middlewares
 from serve_app.keys import Keys
-from serve_app.pipeline import Catalog, Pipeline
+from serve_app.pipeline import Pipeline
 from serve_app.settings import ModelSettings, Settings
 from tests.hand import HandStages, vector
 
@@ -187,6 +188,17 @@ async def test_health_needs_no_model_and_readiness_runs_one() -> None:
         answer = await http.get("/readyz")
         assert answer.status_code == 200 and answer.json() == {"status": "ready", "models": {MODEL: "ready"}}
     assert stages.tokens_by_call, "readiness must run the path"
+
+
+async def test_asking_whether_it_is_ready_does_not_wake_a_model_at_zero() -> None:
+    stages = HandStages()
+    stages.models = 0
+    async with await client(stages) as http:
+        answer = await http.get("/readyz")
+        assert answer.status_code == 200 and answer.json() == {"status": "ready", "models": {MODEL: "asleep"}}
+        assert stages.tokens_by_call == []
+        stages.models = 1
+        assert (await http.post("/v1/embeddings", json={"model": MODEL, "input": "x"})).status_code == 200
 
 
 async def test_a_request_over_its_time_is_given_up() -> None:

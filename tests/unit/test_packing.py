@@ -1,6 +1,7 @@
 """The pure decisions: cutting, grouping, padding, enclosing; limits at 0, 1, n and n + 1."""
 
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import pytest
@@ -8,7 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import InvalidInput
-from serve_app.packing import ClientIds, Frame, Packed, accept_ids, bucket, concat, cuts, enclose, group, pad, split
+from serve_app.packing import (
+    ClientIds,
+    Frame,
+    Packed,
+    accept_ids,
+    bucket,
+    concat,
+    cuts,
+    enclose,
+    group,
+    lay_out,
+    reorder,
+    split,
+)
 
 FRAME = Frame(start_id=101, end_id=102, vocabulary=30_522, max_tokens=8)
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=80)
@@ -74,26 +88,52 @@ def test_equal_lengths_are_one_group() -> None:
     assert [len(rows) for rows in group(np.full(32, 64, np.int32), 1 << 20, 32)] == [32]
 
 
-def test_buckets_hold_what_they_are_for_and_are_few() -> None:
-    shapes = {(rows, longest): bucket(rows, longest) for rows in range(1, 257) for longest in range(1, 513)}
-    assert all(few >= rows and step >= longest for (rows, longest), (few, step) in shapes.items())
-    assert all(few <= rows * 5 / 4 for (rows, _), (few, _) in shapes.items())
-    assert all(step <= longest * 9 / 8 for (_, longest), (_, step) in shapes.items())
-    assert len({shape for shape in shapes.values() if shape[0] * shape[1] <= 1024}) < 750
-
-
-@given(LENGTHS)
-def test_pad_lays_out_each_row_with_zeros_behind(lengths: list[int]) -> None:
+@given(LENGTHS, st.integers(1, 2000), st.integers(0, 20))
+def test_split_makes_as_many_parts_as_asked_and_about_equal_ones(lengths: list[int], budget: int, parts: int) -> None:
     whole = packed(lengths)
-    order = np.argsort(-whole.lengths, kind="stable")
-    shape = bucket(len(lengths), max(lengths))
-    ids, padded_lengths = pad(whole, order, shape)
-    assert ids.shape == shape and ids.dtype == np.int32
-    assert not ids[len(lengths) :, 1:].any() and (padded_lengths[len(lengths) :] == 1).all()
-    for row, source in enumerate(order.tolist()):
-        expected = rows_of(whole)[source]
-        assert ids[row].tolist() == expected + [0] * (shape[1] - len(expected))
-        assert padded_lengths[row] == len(expected)
+    pieces = split(whole, budget, parts)
+    assert rows_of(concat(pieces)) == rows_of(whole)
+    assert all(piece.tokens <= budget or piece.rows == 1 for piece in pieces)
+    if len(set(lengths)) == 1 and whole.tokens <= budget:
+        assert len(pieces) == max(1, min(parts, len(lengths)))
+        assert max(piece.rows for piece in pieces) - min(piece.rows for piece in pieces[:-1] or pieces) <= 1
+
+
+def test_a_list_is_split_without_a_small_rest() -> None:
+    assert [piece.rows for piece in split(packed([71] * 32), 1024)] == [11, 11, 10]
+
+
+@given(LENGTHS, st.randoms())
+def test_reorder_picks_rows_in_any_order(lengths: list[int], random: Random) -> None:
+    whole = packed(lengths)
+    order = [random.randrange(len(lengths)) for _ in range(random.randint(1, 2 * len(lengths)))]
+    assert rows_of(reorder(whole, np.array(order))) == [rows_of(whole)[row] for row in order]
+
+
+def test_buckets_hold_what_they_are_for_and_are_few() -> None:
+    sizes = {number: bucket(number, 16, least=16) for number in range(1, 2049)}
+    assert all(number <= size <= max(16 * -(-number // 16), number * 9 / 8) for number, size in sizes.items())
+    assert len(set(sizes.values())) == 40
+    assert [bucket(rows, 4) for rows in (1, 4, 5, 9, 16, 17)] == [1, 4, 6, 12, 16, 24]
+
+
+@given(LENGTHS, st.integers(0, 40), st.integers(0, 4), st.integers(0, 9))
+def test_lay_out_puts_each_token_in_its_place_in_both_forms(
+    lengths: list[int], more: int, rows: int, cells: int
+) -> None:
+    whole = packed(lengths)
+    shape = whole.tokens + more, whole.rows + rows, max(lengths) + cells
+    grid = lay_out(whole, *shape)
+    assert grid.ids.shape == grid.positions.shape == grid.cells.shape == shape[:1]
+    assert grid.places.shape == shape[1:] and grid.lengths.shape == shape[1:2]
+    assert all(array.dtype == np.int32 for array in (grid.ids, grid.positions, grid.places, grid.lengths, grid.cells))
+    assert grid.lengths.tolist() == lengths + [1] * rows
+    for row, ids in enumerate(rows_of(whole)):
+        assert grid.ids[grid.places[row, : len(ids)]].tolist() == ids
+        assert grid.positions[grid.places[row, : len(ids)]].tolist() == list(range(len(ids)))
+    # Out of the rectangle and back: each token finds the cell that it was put in.
+    assert grid.places.reshape(-1)[grid.cells[: whole.tokens]].tolist() == list(range(whole.tokens))
+    assert not grid.ids[whole.tokens :].any() and not grid.cells[whole.tokens :].any()
 
 
 @pytest.mark.parametrize(("length", "kept"), [(0, 0), (1, 1), (5, 5), (6, 6), (7, 6), (600, 6)])

@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 
+from serve_app.catalog import Catalog
 from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
-from serve_app.packing import ClientIds
-from serve_app.pipeline import SHORT_CHARACTERS, Catalog, Pipeline
+from serve_app.packing import ClientIds, Packed
+from serve_app.pipeline import SHORT_CHARACTERS, Embedded, Pipeline
 from serve_app.settings import ModelSettings
 from tests.hand import HandStages, vector
 
@@ -103,6 +104,37 @@ async def test_ids_of_one_tokenizer_are_never_computed_by_the_model_of_another()
     with pytest.raises(ModelUnavailable, match="changing to other weights"):
         await shared.embed(["during"], FAR)
     assert np.allclose((await shared.embed(["after"], FAR)).vectors, [vector("after")])
+
+
+async def test_a_text_that_only_tries_it_out_is_not_counted_as_work() -> None:
+    stages = HandStages()
+    shared = pipeline(stages)
+    await shared.try_out(FAR)
+    assert stages.tokens_by_call == [len("ready?") + 2]
+    assert [scheduler.asked_cost for scheduler in shared.schedulers] == [0, 0]
+    await shared.embed(["four"], FAR)
+    assert [scheduler.asked_cost for scheduler in shared.schedulers] == [0, 6]
+
+
+async def test_a_backlog_is_what_fills_a_call_that_can_not_leave_yet() -> None:
+    gate = asyncio.Event()
+
+    class Slow(HandStages):
+        async def infer(self, packed: Packed, deadline: float) -> Embedded:
+            await gate.wait()
+            return await super().infer(packed, deadline)
+
+    shared = pipeline(Slow(), batch_tokens=64)
+    await shared.discover(FAR)
+    embedding = [asyncio.create_task(shared.embed(["x" * 14] * 4, FAR)) for _ in range(2)]  # a full call each
+    for has_backlog in (False, True):
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert shared.has_backlog is has_backlog
+        embedding.append(asyncio.create_task(shared.embed(["x" * 14] * 4, FAR)))
+    gate.set()
+    await asyncio.gather(*embedding)
+    assert not shared.has_backlog
 
 
 async def test_all_who_ask_at_once_what_is_served_share_one_question() -> None:

@@ -116,8 +116,8 @@ async def test_a_batch_holds_what_fits_the_budget(worker: Worker, budget: int, s
     assert [len(batch) for batch in worker.batches] == sizes
 
 
-async def test_concurrency_bounds_the_batches_in_flight(worker: Worker) -> None:
-    scheduler = Scheduler(worker.run, budget=1, concurrency=3)
+async def test_workers_bound_the_batches_in_flight(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=1, workers=3)
     tasks = submit(scheduler, 1, 2, 3, 4, 5)
     await turns()
     assert len(worker.batches) == 3
@@ -126,7 +126,7 @@ async def test_concurrency_bounds_the_batches_in_flight(worker: Worker) -> None:
 
 
 async def test_full_batches_need_not_wait_for_a_place_but_partial_ones_do(worker: Worker) -> None:
-    scheduler = Scheduler(worker.run, budget=2, concurrency=1, full_concurrency=3)
+    scheduler = Scheduler(worker.run, budget=2, full_concurrency=3)
     tasks = submit(scheduler, 1)
     await worker.began.acquire()
     tasks += submit(scheduler, 2)  # half a batch: waits
@@ -142,7 +142,7 @@ async def test_full_batches_need_not_wait_for_a_place_but_partial_ones_do(worker
 
 
 async def test_a_partial_batch_does_not_wait_for_full_ones(worker: Worker) -> None:
-    scheduler = Scheduler(worker.run, budget=2, concurrency=1, full_concurrency=8)
+    scheduler = Scheduler(worker.run, budget=2, full_concurrency=8)
     bulk = submit(scheduler, *range(6))
     await turns()
     [short] = submit(scheduler, 9)
@@ -153,6 +153,33 @@ async def test_a_partial_batch_does_not_wait_for_full_ones(worker: Worker) -> No
     assert worker.batches[4:] == []  # one partial batch at a time
     worker.let_finish(5)
     assert await asyncio.gather(*bulk, short, next_short) == [0, 10, 20, 30, 40, 50, 90, 100]
+
+
+async def test_what_waits_is_shared_between_all_that_are_free(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=640, workers=2, lanes=2)
+    tasks = submit(scheduler, *range(8), cost=10)
+    await turns()
+    assert worker.batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    worker.let_finish(4)
+    assert await asyncio.gather(*tasks) == [job * 10 for job in range(8)]
+
+
+async def test_a_second_lane_is_for_what_is_worth_a_batch_of_its_own(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=640, lanes=2)  # a share is 10
+    tasks = submit(scheduler, 0)
+    await worker.began.acquire()
+    assert not scheduler.has_room
+    tasks += submit(scheduler, *range(1, 10))  # 9, one less than a share
+    await turns()
+    assert worker.batches == [[0]]
+    tasks += submit(scheduler, 10)
+    await turns()
+    assert worker.batches == [[0], list(range(1, 11))]
+    tasks += submit(scheduler, 11, cost=640)  # no lane is left, not even for a full batch
+    await turns()
+    assert len(worker.batches) == scheduler.running == 2
+    worker.let_finish(3)
+    assert await asyncio.gather(*tasks) == [job * 10 for job in range(12)]
 
 
 async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
@@ -290,3 +317,21 @@ async def test_running_s_tells_a_worker_that_hangs(worker: Worker) -> None:
     await task
     await turns()
     assert scheduler.running_s == 0.0
+
+
+async def test_what_was_asked_and_what_is_not_finished_is_counted(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=10)
+    first, second, third = submit(scheduler, 1, 2, 3, cost=6)
+    await turns()
+    assert (scheduler.asked_cost, scheduler.unfinished_cost, scheduler.waiting_cost) == (18, 18, 12)
+    third.cancel()
+    await turns()
+    assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 12)
+    worker.let_finish()
+    assert await first == 10
+    assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 6)
+    worker.failure = ValueError("broken")
+    worker.let_finish()
+    with pytest.raises(ValueError, match="broken"):
+        await second
+    assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 0)

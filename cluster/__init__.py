@@ -1,0 +1,1 @@
+"""The service on a cluster: what runs where, and the files that say so."""

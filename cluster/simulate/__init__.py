@@ -1,0 +1,1 @@
+"""The service without its machines: see `python -m cluster.simulate --help`."""

@@ -1,0 +1,35 @@
+"""How many replicas of each kind a number of short queries a second needs, from what each of them costs."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one replica does in a second: measured, but for the engines, whose speed is given.
+
+    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself, and the tokenizer.
+    """
+
+    ingress_requests: float = 1064.0
+    tokenizer_tokens: float = 429_099.0
+    cpu_tokens: float = 25_000.0  # two cores
+    gpu_tokens: float = 1_000_000.0
+
+
+def replicas(requests_per_s: float, tokens: float, rates: Rates, target_utilization: float) -> dict[str, int]:
+    """Replicas that carry the load at the utilization that is planned for.
+
+    >>> replicas(1000, 11, Rates(), 0.7)
+    {'ingress': 2, 'tokenizer': 1, 'cpu model': 1, 'gpu model': 1}
+    """
+
+    def needed(work: float, rate: float) -> int:
+        return max(1, math.ceil(work / rate / target_utilization))
+
+    return {
+        "ingress": needed(requests_per_s, rates.ingress_requests),
+        "tokenizer": 1,  # they do texts that are long; one is kept for them
+        "cpu model": needed(requests_per_s * tokens, rates.cpu_tokens),
+        "gpu model": needed(requests_per_s * tokens, rates.gpu_tokens),
+    }

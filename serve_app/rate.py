@@ -1,0 +1,51 @@
+"""How fast a replica works: what it does in a second in which it is never idle."""
+
+import math
+import time
+from collections.abc import Callable
+
+# Of the batches measured, those count that hold at least this share of the most that one may.
+FULL_SHARE = 0.5
+# Each batch moves the rate this far towards its own.
+NEWEST_SHARE = 0.2
+
+
+class Rate:
+    """The rate of full batches: a queue is worked off in such, and many engines do small ones at a fraction of it.
+
+    `try_out` gives a first value before the first call.
+    """
+
+    def __init__(self, full: int) -> None:
+        """`full`: most work in one batch, in any unit."""
+        self._full = full
+        self._cost = self._seconds = 0.0
+        self._ended = -math.inf
+
+    def try_out(self, cost: int, run: Callable[[], object]) -> None:
+        """Run a batch of so much work for the sake of its time."""
+        started = time.perf_counter()
+        run()
+        self.record(cost, started, time.perf_counter())
+
+    def record(self, cost: int, started: float, ended: float) -> None:
+        """A batch of so much work was done between these times, in seconds of one clock.
+
+        Where batches overlap, each counts from the end of the one before it, as all share one engine.
+        """
+        seconds = ended - max(started, self._ended)
+        self._ended = ended
+        if cost >= self._full * FULL_SHARE:
+            share = NEWEST_SHARE if self._seconds else 1.0
+            self._cost += share * (cost - self._cost)
+            self._seconds += share * (seconds - self._seconds)
+
+    @property
+    def per_s(self) -> float:
+        """Work a second; 0.0 until a full batch was done.
+
+        >>> rate = Rate(full=100)
+        >>> rate.record(100, 0.0, 2.0), rate.record(5, 2.0, 3.0), rate.per_s
+        (None, None, 50.0)
+        """
+        return self._cost / self._seconds if self._seconds > 0 else 0.0

@@ -1,0 +1,160 @@
+"""The stages of a model over real connections, with replicas that come and go as a test says."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.channel import Listener
+from serve_app.errors import ModelUnavailable
+from serve_app.pipeline import Pipeline
+from serve_app.settings import ModelSettings
+from serve_app.stages import RemoteStages
+from tests.hand import FRAME, HandStages, served, tokenized, vector
+
+HOST = "127.0.0.1"
+
+
+class HandTokenizer:
+    tokenize = staticmethod(tokenized)
+
+
+@dataclass
+class Deployment:
+    """Replicas of one deployment as Serve would know them: what each says of itself."""
+
+    deployment: str
+    replicas: list[Any] = field(default_factory=list)
+    asleep: bool = False
+
+    async def describe(self, deadline: float) -> list[Any]:
+        return self.replicas
+
+    async def are_asleep(self) -> bool:
+        return self.asleep
+
+
+class Service:
+    """One tokenizer, and models as many as a test starts."""
+
+    def __init__(self) -> None:
+        self.tokenizers, self.models = Deployment("Tokenizer-x"), Deployment("Model-x")
+        self.stages = RemoteStages("x", self.tokenizers, self.models)
+        self.pipeline = Pipeline(ModelSettings(batch_tokens=64), self.stages, max_request_tokens=10_000)
+        self._listeners: list[Listener] = []
+
+    async def open(self) -> None:
+        async def hand_over(_: None, deadline: float) -> Any:
+            return "t0k", HandTokenizer()
+
+        listener = Listener({"hand_over": hand_over})
+        self._listeners.append(listener)
+        self.tokenizers.replicas = [("t0k", FRAME, await listener.open(HOST))]
+
+    async def start_model(self) -> Listener:
+        hand = HandStages()
+        listener = Listener({"infer": hand.infer})
+        self._listeners.append(listener)
+        self.models.replicas = [*self.models.replicas, (served(), await listener.open(HOST))]
+        return listener
+
+    async def stop_models(self, *listeners: Listener) -> None:
+        self.models.replicas = []
+        for listener in listeners:
+            await listener.close()
+
+    async def close(self) -> None:
+        self.tokenizers.replicas = self.models.replicas = []
+        with suppress(ModelUnavailable):
+            await self.pipeline.discover(soon())
+        for listener in self._listeners:
+            await listener.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+async def turns() -> None:
+    """Let everything that can run now run."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    made = Service()
+    await made.open()
+    yield made
+    await made.close()
+
+
+async def test_a_model_without_a_replica_is_unavailable_until_there_was_one(service: Service) -> None:
+    service.models.asleep = True  # as Serve sees a deployment that was never needed
+    with pytest.raises(ModelUnavailable, match="No replica of `x` is there"):
+        await service.stages.describe(soon())
+    assert not service.pipeline.is_asleep
+    await service.start_model()
+    assert (await service.stages.describe(soon())).models == 1
+
+
+async def test_a_request_waits_for_a_model_that_sleeps_and_is_answered_when_it_wakes(service: Service) -> None:
+    first = await service.start_model()
+    await service.pipeline.discover(soon())
+    await service.pipeline.embed(["before"], soon())
+    await service.stop_models(first)
+    service.models.asleep = True
+    assert (await service.pipeline.discover(soon())).models == 0
+    assert service.pipeline.is_asleep
+    await service.pipeline.try_out(soon())  # wakes nothing, and waits for nothing
+
+    _, inferring = service.pipeline.schedulers
+    asking = asyncio.create_task(service.pipeline.embed(["during"], soon()))
+    await turns()
+    assert (inferring.unfinished_cost, service.stages.loads) == (len("during") + 2, (0, 0)), "held, at no replica"
+    assert service.pipeline.served is not None, "what it serves is still known"
+    await service.start_model()
+    service.models.asleep = False
+    await service.pipeline.discover(soon())
+    assert np.allclose((await asking).vectors, [vector("during")])
+    assert not service.pipeline.is_asleep
+    assert inferring.unfinished_cost == 0 and inferring.asked_cost == len("before" + "during") + 4
+
+
+async def test_a_model_whose_replicas_are_gone_but_wanted_is_not_asleep(service: Service) -> None:
+    first = await service.start_model()
+    await service.pipeline.discover(soon())
+    await service.stop_models(first)
+    with pytest.raises(ModelUnavailable):
+        await service.pipeline.discover(soon())
+    assert not service.pipeline.is_asleep
+
+
+async def test_a_backlog_stays_where_a_new_replica_can_take_it(service: Service) -> None:
+    """A replica is sent no more full calls than keep it busy; one that comes later takes the rest."""
+    gate = asyncio.Event()
+    hand = HandStages()
+
+    async def infer(packed: Any, deadline: float) -> Any:
+        await gate.wait()
+        return await hand.infer(packed, deadline)
+
+    stuck = Listener({"infer": infer})
+    service._listeners.append(stuck)
+    service.models.replicas = [(served(), await stuck.open(HOST))]
+    await service.pipeline.discover(soon())
+    texts = [f"text {number:6}" for number in range(64)]  # 13 tokens each, 4 to a call
+    asking = asyncio.create_task(service.pipeline.embed(texts, soon()))
+    _, inferring = service.pipeline.schedulers
+    await turns()
+    held = inferring.unfinished_cost - service.stages.loads[1]
+    assert held >= 0.8 * inferring.unfinished_cost
+    await service.start_model()
+    await service.pipeline.discover(soon())
+    gate.set()
+    assert np.allclose((await asking).vectors, [vector(text) for text in texts])

@@ -10,8 +10,6 @@ Each line is an object that says in `line` what it holds:
   null where Serve didn't tell.
 - `note`: a sentence in `text` that whoever reads the run's numbers should know.
 - `end`, once, last.
-
-`read(file).requests` is the run as a trace: `at_s` and `tokens` of its requests in the order of their arrival.
 """
 
 import gzip

@@ -1,5 +1,6 @@
 """The report: one page that needs nothing else, and holds what it should."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from cluster.simulate.arrivals import recorded
 from loadtest.traffic import report
 from loadtest.traffic.figures import figures
 from loadtest.traffic.objectives import Limits, judge
@@ -164,6 +166,16 @@ def test_any_values_can_be_drawn(values: list[float], log: bool, style: str) -> 
     )
     ElementTree.fromstring(drawn)
     assert "nan" not in drawn and "inf" not in drawn
+
+
+def test_a_run_can_be_replayed_by_the_simulator(tmp_path: Path, found: Run) -> None:
+    report.write_trace(found, tmp_path / "trace.jsonl")
+    replayed = recorded(tmp_path / "trace.jsonl")
+    assert replayed.at_s.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0] and replayed.tokens.tolist() == [10] * 5
+    first = json.loads((tmp_path / "trace.jsonl").read_text().splitlines()[0])
+    assert first == {
+        "arrival_s": 0.5, "kind": "autocomplete", "inputs": 2, "characters": 20, "tokens": 10, "latency_ms": 20.0
+    }  # fmt: skip
 
 
 def test_a_record_is_drawn_again_and_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`python -m loadtest.traffic.report RUN [OTHER]`: draw a run again, two beside each other, or write its requests."""
+"""`python -m loadtest.traffic.report RUN [OTHER]`: draw a run again, or two over each other, or write its requests."""
 
 import argparse
 import json

@@ -157,14 +157,17 @@ class Model:
     async def _run(self, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
         jobs = [entry.job for entry in entries]
         started = time.perf_counter()
-        self._failures += 1  # until it has not failed
         packed = concat(jobs)
-        if packed.tokens <= self._engine.brief_tokens and self._scheduler.running == 1:
-            vectors = self._engine.embed(packed)
-        else:
-            vectors = await asyncio.to_thread(self._engine.embed, packed)
-        if not np.isfinite(vectors).all():
-            raise EngineError("the engine gave vectors that are not finite")
+        try:
+            if packed.tokens <= self._engine.brief_tokens and self._scheduler.running == 1:
+                vectors = self._engine.embed(packed)
+            else:
+                vectors = await asyncio.to_thread(self._engine.embed, packed)
+            if not np.isfinite(vectors).all():
+                raise EngineError("the engine gave vectors that are not finite")
+        except Exception:
+            self._failures += 1
+            raise
         self._failures = 0
         ended = time.perf_counter()
         self._rate.record(packed.tokens, started, ended)

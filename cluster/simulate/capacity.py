@@ -8,11 +8,10 @@ from dataclasses import dataclass
 class Rates:
     """What one replica does in a second: measured, but for the engines, whose speed is given.
 
-    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself, and the tokenizer.
+    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself.
     """
 
     ingress_requests: float = 1064.0
-    tokenizer_tokens: float = 429_099.0
     cpu_tokens: float = 25_000.0  # two cores
     gpu_tokens: float = 1_000_000.0
 

@@ -78,11 +78,8 @@ def check(config: Path) -> tuple[str, int]:
         raise ValueError(f"{config} is not a Serve config file: {' '.join(str(error).split())}.") from None
     for application in applications:
         _check_settings(config, application)
-    if "RAY_ADDRESS" not in os.environ and (address := running_cluster()):
-        raise ValueError(
-            f"a Ray cluster runs on this machine ({address}), which `serve run` would join: end it with `ray stop`, or "
-            f"deploy to it with `serve deploy {config}`."
-        )
+    if "RAY_ADDRESS" not in os.environ:
+        _check_cluster(config)
     options = document.get("http_options") or {}
     host, port = options.get("host", "0.0.0.0"), options.get("port", 8000)
     if not isinstance(port, int):
@@ -139,16 +136,26 @@ def _check_settings(config: Path, application: dict[str, Any]) -> None:
         Keys(Path(settings.keys_file))
 
 
-def running_cluster() -> str | None:
-    """The address of a cluster of `ray start` on this machine: `serve run` would join it instead of starting one."""
+def _check_cluster(config: Path) -> None:
+    """Of the cluster that `serve run` would join: `ray start` leaves its address in a file, `ray stop` removes it."""
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     try:
-        folder = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")
-        address = (folder / "ray_current_cluster").read_text().strip()
+        address = file.read_text().strip()
         host, _, port = address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=1):
-            return address
+        where = (host, int(port))
     except (OSError, ValueError):
-        return None
+        return  # no file, or none that Ray would follow
+    try:
+        socket.create_connection(where, timeout=1).close()
+    except OSError:
+        raise ValueError(
+            f"the Ray cluster that {file} names ({address}) is gone, and `serve run` would wait for it: delete the "
+            "file."
+        ) from None
+    raise ValueError(
+        f"a Ray cluster runs on this machine ({address}), which `serve run` would join: end it with `ray stop`, or "
+        f"deploy to it with `serve deploy {config}`."
+    )
 
 
 def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None:

@@ -101,6 +101,18 @@ def test_a_cluster_that_runs_already_is_not_joined(tmp_path: Path, monkeypatch: 
             check(config_file(tmp_path, lambda config: None))
 
 
+def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that was killed leaves its address behind, and `serve run` would try it for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    file = tmp_path / "ray" / "ray_current_cluster"
+    file.parent.mkdir()
+    file.write_text(address)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{file} names \\({address}\\) is gone.*delete the file"):
+        check(config_file(tmp_path, lambda config: None))
+
+
 def test_the_ready_line_says_what_is_served_where_and_from_what(service: Service) -> None:
     [line] = [line for line in service.log.read_text().splitlines() if line.startswith("READY ")]
     assert line.startswith(f"READY {service.url}/v1 serves sentence-transformers/all-MiniLM-L6-v2 on openvino ")

@@ -5,6 +5,7 @@ The head carries the ingress and the tokenizer, the other nodes the models, spre
 """
 
 import argparse
+import copy
 import os
 import signal
 import subprocess
@@ -26,8 +27,14 @@ ROOT = Path(__file__).parents[1]
 ON_HEAD = {"resources": {"head": 0.001}, "num_cpus": 0}
 
 
-def config(nodes: int, models_a_node: int, base: Path = ROOT / "serve_config.yaml") -> dict[str, Any]:
-    """serve_config.yaml for so many nodes beside the head, each with room for so many models."""
+def config(
+    nodes: int, models_a_node: int, beside_default: bool = False, base: Path = ROOT / "serve_config.yaml"
+) -> dict[str, Any]:
+    """serve_config.yaml for so many nodes beside the head, each with room for so many models.
+
+    `beside_default`: with a second application, under `/default`, which Serve's default policy scales in the same
+    bounds and with the same delays.
+    """
     written: dict[str, Any] = yaml.safe_load(base.read_text())
     written["proxy_location"] = "HeadOnly"  # HAProxy's ports are one of each to a machine
     [application] = written["applications"]
@@ -40,6 +47,10 @@ def config(nodes: int, models_a_node: int, base: Path = ROOT / "serve_config.yam
             deployment["autoscaling_config"]["max_replicas"] = nodes * models_a_node
         else:
             deployment["ray_actor_options"] = ON_HEAD
+    if beside_default:
+        other = copy.deepcopy(application) | {"name": "default", "route_prefix": "/default"}
+        other["autoscaling_policy"] = {"policy_function": "cluster.serves_default:serves_default"}
+        written["applications"].append(other)
     return written
 
 
@@ -73,15 +84,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.local", description=__doc__)
     parser.add_argument("--nodes", type=int, default=3, help="beside the head")
     parser.add_argument("--models-a-node", type=int, default=4)
+    parser.add_argument("--beside-default", action="store_true", help="the same again, scaled by Serve's own policy")
     options = parser.parse_args()
     room = options.nodes * options.models_a_node
     stopping: list[int] = []
-    with running(options.nodes, options.models_a_node) as address, tempfile.TemporaryDirectory() as folder:
+    cpus = options.models_a_node * (1 + options.beside_default)
+    with running(options.nodes, cpus) as address, tempfile.TemporaryDirectory() as folder:
         # Only now: on SIGTERM the nodes of this process would go first, and requests with them.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda received, _: stopping.append(received))
         file = Path(folder, "serve_config.yaml")
-        file.write_text(yaml.safe_dump(config(options.nodes, options.models_a_node)))
+        file.write_text(yaml.safe_dump(config(options.nodes, options.models_a_node, options.beside_default)))
         print(f"cluster: a head and {options.nodes} nodes at {address}, with room for {room} models", flush=True)
         return serve(file, address, stopping)
 

@@ -30,7 +30,7 @@ from serve_app.packing import (
     reorder,
     split,
 )
-from serve_app.scheduler import SHARES, Entry, Scheduler
+from serve_app.scheduler import Entry, Scheduler, Slots
 from serve_app.settings import ModelSettings
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ class Pipeline:
     @property
     def has_backlog(self) -> bool:
         """Whether more waits for the models than one call carries, so that more of them would help."""
-        return self._inferring.waiting_cost >= self._inferring.budget
+        return self._inferring.waiting_cost >= self._inferring.slots.budget
 
     @property
     def schedulers(self) -> tuple[Scheduler[Any, Any], Scheduler[Any, Any]]:
@@ -162,9 +162,9 @@ class Pipeline:
 
     async def _discover(self) -> Described:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
-        self._tokenizing.workers = found.tokenizers
-        self._inferring.workers, self._inferring.lanes = max(1, found.models), found.served.lanes
-        self._inferring.full_concurrency = max(1, found.models) * found.served.lanes * FULL_CALLS_A_LANE
+        self._tokenizing.slots.workers = found.tokenizers
+        workers, lanes = max(1, found.models), found.served.lanes
+        self._inferring.slots = Slots(self.settings.batch_tokens, workers, lanes, workers * lanes * FULL_CALLS_A_LANE)
         return found
 
     async def embed(
@@ -236,10 +236,9 @@ class Pipeline:
         """All rows by the same weights: those that were known when the request's model was looked up, or others of the
         same model and tokenizer that have taken their place."""
         # A piece for each batch that the replicas can run at once, with rows of like length together.
-        budget = self.settings.batch_tokens
-        shares = min(self._inferring.workers * self._inferring.lanes, packed.tokens * SHARES // budget)
         order = np.argsort(-packed.lengths, kind="stable")
-        pieces = split(packed if packed.rows == 1 else reorder(packed, order), budget, shares)
+        ordered = packed if packed.rows == 1 else reorder(packed, order)
+        pieces = split(ordered, self.settings.batch_tokens, self._inferring.slots.pieces(packed.tokens))
         name, tokenizer = served.id, served.tokenizer
         for _ in range(ROLLOUT_TRIES):
             parts = await _all([self._inferring.submit(piece, piece.tokens, deadline, is_gone) for piece in pieces])

@@ -21,6 +21,36 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
+@dataclass(slots=True)
+class Slots:
+    """The rules, apart from what they are applied to: whether another batch may start, and how much it takes."""
+
+    budget: int  # most cost in one batch
+    workers: int = 1  # batches of any size that may run at once
+    lanes: int = 1  # batches that each worker runs at once, those beyond its first of a share at least
+    full_concurrency: int = 0  # batches that are full, and so gain nothing from waiting, where that is more
+
+    def may_start(self, waiting_cost: int, running: int, running_partial: int) -> bool:
+        """Whether a batch may start beside those that run, of which `running_partial` are not full."""
+        if running >= max(self.workers * self.lanes, self.full_concurrency):
+            return False
+        if waiting_cost >= self.budget:
+            return True
+        # What is not full does not wait for what is: a short text would wait for all of a long list. But it does wait
+        # for what is not full either, unless it is enough to be worth a lane.
+        slots = self.workers * (self.lanes if waiting_cost >= self.budget // SHARES else 1)
+        return running_partial < slots
+
+    def share(self, waiting_cost: int, running_partial: int) -> int:
+        """Most cost of the next batch: of what waits, as much for each batch that could start now."""
+        free = max(1, self.workers * self.lanes - running_partial)
+        return min(self.budget, max(-(-waiting_cost // free), self.budget // SHARES))
+
+    def pieces(self, cost: int) -> int:
+        """Into how many pieces a job of that cost is best cut: one for each batch that could run."""
+        return min(self.workers * self.lanes, cost * SHARES // self.budget)
+
+
 @dataclass(slots=True, eq=False)
 class Entry(Generic[Job, Result]):
     """One job that waits: `cost` in the budget's unit, `arrived` and `deadline` in `time.monotonic()` seconds."""
@@ -48,13 +78,7 @@ class Scheduler(Generic[Job, Result]):
         lanes: int = 1,
         full_concurrency: int = 0,
     ) -> None:
-        """`budget`: most cost in one batch; `workers`: batches of any size that may run at once; `lanes`: batches that
-        each worker runs at once, those beyond its first of a share at least; `full_concurrency`: batches that are full,
-        and so would gain nothing from waiting, that may run at once where that is more."""
-        self.budget = budget
-        self.workers = workers
-        self.lanes = lanes
-        self.full_concurrency = full_concurrency
+        self.slots = Slots(budget, workers, lanes, full_concurrency)
         self.asked_cost = 0  # of all jobs so far
         self.unfinished_cost = 0  # of those that are not answered, and were not withdrawn
         self._run = run
@@ -71,7 +95,7 @@ class Scheduler(Generic[Job, Result]):
     @property
     def has_room(self) -> bool:
         """Whether a job submitted now would start at once, in a batch of its own."""
-        return not self._waiting and len(self._running) < self.workers
+        return not self._waiting and len(self._running) < self.slots.workers
 
     @property
     def running(self) -> int:
@@ -108,9 +132,9 @@ class Scheduler(Generic[Job, Result]):
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         self._dispatch_is_due = False
-        while self._may_start():
-            share = self._share()
-            is_full = share >= self.budget
+        while self.slots.may_start(self.waiting_cost, len(self._running), self._running_partial):
+            share = self.slots.share(self.waiting_cost, self._running_partial)
+            is_full = share >= self.slots.budget
             if not (batch := self._take(share)):
                 break
             # In a context of its own: a batch belongs to no one caller, and Serve cancels all calls that were made in
@@ -118,21 +142,6 @@ class Scheduler(Generic[Job, Result]):
             task = loop.create_task(self._run_batch(batch, is_full), context=Context())
             self._running[task] = time.monotonic()  # also the only strong reference to the task while it runs
             self._running_partial += not is_full
-
-    def _may_start(self) -> bool:
-        if len(self._running) >= max(self.workers * self.lanes, self.full_concurrency):
-            return False
-        if self.waiting_cost >= self.budget:
-            return True
-        # What is not full does not wait for what is: a short text would wait for all of a long list. But it does wait
-        # for what is not full either, unless it is enough to be worth a lane.
-        slots = self.workers * (self.lanes if self.waiting_cost >= self.budget // SHARES else 1)
-        return self._running_partial < slots
-
-    def _share(self) -> int:
-        """Most cost of the next batch: of what waits, as much for each batch that could start now."""
-        free = max(1, self.workers * self.lanes - self._running_partial)
-        return min(self.budget, max(-(-self.waiting_cost // free), self.budget // SHARES))
 
     def _take(self, share: int) -> list[Entry[Job, Result]]:
         """The next batch: oldest first, up to the share or one job; empty if nobody waits for anything."""

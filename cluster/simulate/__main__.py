@@ -3,7 +3,7 @@
     run       one load through serve_config.yaml's policy
     compare   the same beside Serve's default policy, with the same bounds
     sweep     cost against latency over a range of target_drain_s
-    measure   one load against a running service, and the same simulated: how far off is it?
+    measure   one load against every application of a running service, and the first one's simulated: how far off?
     capacity  replicas that 1k, 10k, 100k and 1M short queries a second need
 
 The policy is serve_app's own, with the parameters, bounds and delays of serve_config.yaml unless options say otherwise.
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from ray.serve.config import AutoscalingConfig
 
+from cluster.serves_default import serves_default
 from cluster.simulate.arrivals import Arrivals, arrivals, recorded, shapes
 from cluster.simulate.capacity import Rates, replicas
-from cluster.simulate.controller import serves_default
 from cluster.simulate.plot import draw, draw_sweep
 from cluster.simulate.real import drive
 from cluster.simulate.replay import Run, configured, replay
@@ -32,7 +32,7 @@ CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 # What a batch costs: the engine that only sleeps; two cores of an EPYC, as measured; and a GPU of a given speed.
 ENGINES = {
     "sleep": Costs(launch_s=0.005, token_s=0.001, batch_tokens=256, start_s=6.0),
-    "cpu": Costs(launch_s=0.001, token_s=1 / 25_000, batch_tokens=2048, start_s=15.0),
+    "cpu": Costs(launch_s=0.0012, token_s=2 / 14_500, batch_tokens=1024, lanes=2, start_s=15.0),
     "gpu": Costs(launch_s=0.003, token_s=1e-6, batch_tokens=65_536, start_s=60.0),
 }
 DRAINS_S = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
@@ -123,18 +123,20 @@ def _defaults(load: Arrivals, costs: Costs, scaling: AutoscalingConfig, seed: in
 def _measure(
     options: argparse.Namespace, load: Arrivals, costs: Costs, kwargs: dict[str, float], scaling: AutoscalingConfig
 ) -> list[Run]:
-    outcome = asyncio.run(drive("measured", options.url, options.dashboard, load, costs.rate))
-    start_s = statistics.median(outcome.start_s) if outcome.start_s else costs.start_s
-    costs = replace(costs, start_s=start_s)
-    simulated = replay("simulated", load, costs, DrainTime(**kwargs), scaling, options.seed)
-    print(f"{len(outcome.failures)} requests failed; replicas took {start_s:.1f} s to start (median)")
-    for failure in outcome.failures[:5]:
-        print(f"  {failure}")
+    outcomes = asyncio.run(drive(options.url, options.dashboard, load, costs.rate))
+    for outcome in outcomes:
+        starts = [f"{start_s:.1f}" for start_s in sorted(outcome.start_s)]
+        print(f"{outcome.run.name}: {len(outcome.failures)} requests failed; starts took {', '.join(starts) or '-'} s")
+        for failure in outcome.failures[:5]:
+            print(f"  {failure}")
+    measured = outcomes[0]
+    start_s = statistics.median(measured.start_s) if measured.start_s else costs.start_s
+    simulated = replay("simulated", load, replace(costs, start_s=start_s), DrainTime(**kwargs), scaling, options.seed)
     for share in (50, 99):
-        off = simulated.percentile_ms(share) / outcome.run.percentile_ms(share) - 1
+        off = simulated.percentile_ms(share) / measured.run.percentile_ms(share) - 1
         print(f"simulated p{share}: {off:+.1%}")
-    print(f"simulated replica-seconds: {simulated.replica_s / outcome.run.replica_s - 1:+.1%}\n")
-    return [outcome.run, simulated]
+    print(f"simulated replica-seconds: {simulated.replica_s / measured.run.replica_s - 1:+.1%}\n")
+    return [*(outcome.run for outcome in outcomes), simulated]
 
 
 def _sweep(load: Arrivals, costs: Costs, scaling: AutoscalingConfig, seed: int) -> dict[str, Sequence[Run]]:

@@ -1,6 +1,6 @@
 """Serve's controller over a simulated service: metrics as they arrive, the policy, and Serve's own delays and bounds.
 
-The policies are the real ones, serve_app.autoscale and ray.serve.autoscaling_policy, and so are the delays.
+The policies are the real ones, serve_app.autoscale and cluster.serves_default, and so are the delays.
 """
 
 import math
@@ -11,11 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ray.serve._private.common import DeploymentID
-from ray.serve.autoscaling_policy import (
-    _apply_delay_logic,
-    _apply_scaling_factors,
-    replica_queue_length_autoscaling_policy,
-)
+from ray.serve.autoscaling_policy import _apply_delay_logic, _apply_scaling_factors
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from cluster.simulate.service import Service
@@ -24,12 +20,6 @@ from serve_app.autoscale import RATE, WAITING, asked_of, waiting_for
 INGRESS, MODEL = DeploymentID("Ingress"), DeploymentID("Model")
 
 Policy = Callable[[Mapping[Any, Any]], tuple[dict[Any, Any], dict[Any, dict[str, Any]]]]
-
-
-def serves_default(contexts: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
-    """The policy that a deployment has which names none: requests in progress over `target_ongoing_requests`."""
-    decided = {key: replica_queue_length_autoscaling_policy(context) for key, context in contexts.items()}
-    return {key: wanted for key, (wanted, _) in decided.items()}, {}
 
 
 class Point(NamedTuple):
@@ -95,7 +85,7 @@ class Controller:
                 self._series[name][source].append(Point(service.now, value))
 
     def _context(self, deployment: DeploymentID, target: int, running: int, metrics: tuple[str, ...]) -> Any:
-        requests = sum(self._requests) / len(self._requests) if deployment == MODEL else 0.0
+        requests = sum(self._requests) / len(self._requests)
         return AutoscalingContext(
             deployment_id=deployment,
             deployment_name=deployment.name,

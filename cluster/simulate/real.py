@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,20 +29,16 @@ class Outcome:
 
 @dataclass
 class _Watch:
-    """The replicas of the Model deployments, once a second."""
+    """The replicas of an application's Model deployments, once a second."""
 
-    url: str
+    dashboard: str
+    application: str
     timeline: Timeline = field(default_factory=Timeline)
     seen: dict[str, dict[str, float]] = field(default_factory=dict)  # replica -> state -> when it was first seen
 
     async def look(self, http: httpx.AsyncClient, at_s: float, waiting_tokens: int) -> None:
-        answer = await http.get(f"{self.url}/api/serve/applications/")
-        models = [
-            deployment
-            for application in answer.json()["applications"].values()
-            for name, deployment in application["deployments"].items()
-            if name.startswith("Model-")
-        ]
+        application = (await _applications(http, self.dashboard))[self.application]
+        models = [each for name, each in application["deployments"].items() if name.startswith("Model-")]
         states = [replica["state"] for model in models for replica in model["replicas"]]
         for model in models:
             for replica in model["replicas"]:
@@ -60,18 +57,31 @@ class _Watch:
         return [times["RUNNING"] - times["STARTING"] for times in starts]
 
 
-async def drive(name: str, url: str, dashboard: str, arrivals: Arrivals, rate: float) -> Outcome:
+async def _applications(http: httpx.AsyncClient, dashboard: str) -> dict[str, Any]:
+    applications: dict[str, Any] = (await http.get(f"{dashboard}/api/serve/applications/")).json()["applications"]
+    return applications
+
+
+async def drive(url: str, dashboard: str, arrivals: Arrivals, rate: float) -> list[Outcome]:
+    """Send the same load to every application of a service at once, so that all meet the same machine."""
+    async with httpx.AsyncClient(timeout=10.0) as http:
+        applications = await _applications(http, dashboard)
+        return await asyncio.gather(
+            *(
+                _drive(url + application["route_prefix"].rstrip("/"), _Watch(dashboard, name), http, arrivals, rate)
+                for name, application in applications.items()
+            )
+        )
+
+
+async def _drive(url: str, watch: _Watch, other: httpx.AsyncClient, arrivals: Arrivals, rate: float) -> Outcome:
     """Send each request when it is due, whatever became of those before, and watch on for a while after the last."""
     latency_s = np.full(len(arrivals), np.nan)
     failures: list[str] = []
     waiting = 0
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with (
-        httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, limits=limits) as http,
-        httpx.AsyncClient(timeout=10.0) as other,
-    ):
+    async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, limits=limits) as http:
         model = (await http.get(f"{url}/v1/models")).json()["data"][0]["id"]
-        watch = _Watch(dashboard)
         begun = time.monotonic()
 
         async def ask(number: int) -> None:
@@ -101,5 +111,5 @@ async def drive(name: str, url: str, dashboard: str, arrivals: Arrivals, rate: f
         await asyncio.sleep(max(0.0, begun + float(arrivals.at_s[-1]) + TAIL_S - time.monotonic()))
         watching.cancel()
         end_s = time.monotonic() - begun
-    run = Run(name, arrivals, latency_s, watch.timeline, watch.replica_s(end_s), rate)
+    run = Run(watch.application, arrivals, latency_s, watch.timeline, watch.replica_s(end_s), rate)
     return Outcome(run, failures, watch.start_s())

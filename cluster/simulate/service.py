@@ -1,8 +1,7 @@
 """The service, event by event: ingress replicas that hold requests, and model replicas that take what waits.
 
-The rules are serve_app's: an ingress sends what waits as one call when a call comes back, or at once when it fills one
-(scheduler.py, pipeline.py), to the replica that has the least of this ingress's work (pool.py); a replica takes what
-waits, oldest first, up to `batch_tokens`, the moment it is free.
+The rules are serve_app's own: when an ingress sends what waits as a call, when a replica takes what waits as a batch,
+and how much of it (scheduler.Slots). A call goes to the replica that has the least of this ingress's work (pool.py).
 """
 
 import heapq
@@ -10,18 +9,21 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cluster.simulate.arrivals import Arrivals
 from serve_app.pipeline import FULL_CALLS_A_LANE
 from serve_app.rate import Rate
+from serve_app.scheduler import Slots
 
 # Outdated entries of an ingress's heap for each replica, over which it is built anew.
 OUTDATED_ENTRIES = 8
+# A request of more than this is a list of texts, and can be cut between them.
+TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Costs:
 
     launch_s: float = 0.005
     token_s: float = 0.001
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
+    lanes: int = 1  # batches that one replica runs at once, each in the time given here
     start_s: float = 10.0  # from the decision until a replica takes calls
     notice_s: float = 1.0  # until every ingress knows of it
     request_s: float = 0.003  # in the ingress and on the way
@@ -43,15 +46,16 @@ class Costs:
     @property
     def rate(self) -> float:
         """Tokens/s of one replica that always has a full batch."""
-        return self.batch_tokens / self.batch_s(self.batch_tokens)
+        return self.lanes * self.batch_tokens / self.batch_s(self.batch_tokens)
 
 
 class Ingress:
     """One ingress replica, with its own view of which model replica has the least work."""
 
-    __slots__ = ("asked", "heap", "in_flight", "loads", "partial", "unsent", "waiting", "waiting_tokens")
+    __slots__ = ("asked", "heap", "in_flight", "loads", "partial", "slots", "unsent", "waiting", "waiting_tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, costs: Costs) -> None:
+        self.slots = Slots(costs.batch_tokens, lanes=costs.lanes)
         self.waiting: deque[tuple[int, int]] = deque()  # requests, or pieces of them, each with its tokens
         self.waiting_tokens = 0
         self.asked = 0  # tokens that ever came
@@ -65,18 +69,20 @@ class Ingress:
 class Replica:
     """One model replica."""
 
-    __slots__ = ("batch", "batch_started", "batch_tokens", "is_leaving", "number", "rate", "tokens", "waiting")
+    __slots__ = ("is_leaving", "number", "partial", "rate", "running", "slots", "tokens", "waiting", "waiting_tokens")
 
     def __init__(self, number: int, costs: Costs) -> None:
         self.number = number
+        self.slots = Slots(costs.batch_tokens, lanes=costs.lanes)
         self.waiting: deque[Call] = deque()
-        self.batch: list[Call] = []
-        self.batch_started = 0.0
-        self.batch_tokens = 0
+        self.waiting_tokens = 0
+        self.running = 0  # batches
+        self.partial = 0  # of these, the ones that are not full
         self.tokens = 0  # of all calls that it has
         self.is_leaving = False
         self.rate = Rate(costs.batch_tokens)
-        self.rate.record(costs.batch_tokens, -costs.batch_s(costs.batch_tokens), 0.0)
+        for _ in range(costs.lanes):  # side by side
+            self.rate.record(costs.batch_tokens, -costs.batch_s(costs.batch_tokens) / costs.lanes, 0.0)
 
 
 @dataclass(slots=True)
@@ -89,13 +95,23 @@ class Call:
     is_full: bool
 
 
+class Batch(NamedTuple):
+    """What a replica computes at a time."""
+
+    replica: Replica
+    calls: list[Call]
+    tokens: int
+    is_full: bool
+    started: float
+
+
 class Service:
     """Replays arrivals; replicas come and go as `start` and `stop` say, which are called by what `every` calls."""
 
     def __init__(self, costs: Costs, arrivals: Arrivals, replicas: int, seed: int = 0) -> None:
         self.costs = costs
         self.now = 0.0
-        self.ingresses = [Ingress() for _ in range(costs.ingresses)]
+        self.ingresses = [Ingress(costs) for _ in range(costs.ingresses)]
         self.replicas: list[Replica] = []  # that take calls
         self.starting: dict[Replica, float] = {}  # -> when it began
         self.replica_s = 0.0  # of the replicas that have ended
@@ -104,7 +120,7 @@ class Service:
         self.batches = 0  # that were done
         self.batch_tokens = 0  # in them
         self._arrivals = arrivals
-        self._pieces = np.maximum(1, np.ceil(arrivals.tokens / costs.batch_tokens)).astype(int).tolist()
+        self._pieces = [1] * len(arrivals)  # of each request, that are not answered
         self._random = Random(seed)
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = count()
@@ -155,7 +171,7 @@ class Service:
         replica.is_leaving = True
         for ingress in self.ingresses:
             ingress.loads.pop(replica, None)
-        if not replica.batch:
+        if not replica.running:
             self._end(replica)
 
     def held_tokens(self, ingress: Ingress) -> int:
@@ -192,29 +208,32 @@ class Service:
         self.replica_s += self.now - self._began.pop(replica)
 
     def _arrive(self, ingress: Ingress, request: int, tokens: int) -> None:
-        budget = self.costs.batch_tokens
         self.unanswered_requests += 1
         ingress.asked += tokens
         ingress.waiting_tokens += tokens
-        while tokens > budget:
-            ingress.waiting.append((request, budget))
-            tokens -= budget
-        ingress.waiting.append((request, tokens))
+        budget = self.costs.batch_tokens
+        if tokens > (text_tokens := min(TEXT_TOKENS, budget)):
+            texts, least = math.ceil(tokens / text_tokens), math.ceil(tokens / budget)
+            self._pieces[request] = pieces = min(texts, max(least, ingress.slots.pieces(tokens)))
+            edges = [tokens * number // pieces for number in range(pieces + 1)]
+            ingress.waiting.extend((request, after - before) for before, after in pairwise(edges))
+        else:
+            ingress.waiting.append((request, tokens))
         self._dispatch(ingress)
 
     def _dispatch(self, ingress: Ingress) -> None:
-        budget, concurrency = self.costs.batch_tokens, max(1, len(ingress.loads))
-        waiting = ingress.waiting
-        while waiting and ingress.in_flight < FULL_CALLS_A_LANE * concurrency:
-            is_full = ingress.waiting_tokens >= budget
-            if not is_full and ingress.partial >= concurrency:
-                break
+        slots, waiting = ingress.slots, ingress.waiting
+        slots.workers = max(1, len(ingress.loads))
+        slots.full_concurrency = slots.workers * slots.lanes * FULL_CALLS_A_LANE
+        while waiting and slots.may_start(ingress.waiting_tokens, ingress.in_flight, ingress.partial):
+            share = slots.share(ingress.waiting_tokens, ingress.partial)
             request, spent = waiting.popleft()
             requests = [request]
-            while waiting and spent + waiting[0][1] <= budget:
+            while waiting and spent + waiting[0][1] <= share:
                 request, tokens = waiting.popleft()
                 requests.append(request)
                 spent += tokens
+            is_full = share >= slots.budget
             ingress.waiting_tokens -= spent
             ingress.in_flight += 1
             ingress.partial += not is_full
@@ -227,9 +246,9 @@ class Service:
             if loads.get(replica) == load:
                 self._weigh(ingress, replica, load + call.tokens)
                 replica.waiting.append(call)
+                replica.waiting_tokens += call.tokens
                 replica.tokens += call.tokens
-                if not replica.batch:
-                    self._begin(replica)
+                self._begin(replica)
                 return
         ingress.unsent.append(call)
 
@@ -243,29 +262,34 @@ class Service:
             heapq.heappush(heap, (load, self._random.random(), replica.number, replica))
 
     def _begin(self, replica: Replica) -> None:
-        waiting, budget = replica.waiting, self.costs.batch_tokens
-        call = waiting.popleft()
-        batch, spent = [call], call.tokens
-        while waiting and spent + waiting[0].tokens <= budget:
-            call = waiting.popleft()
-            batch.append(call)
-            spent += call.tokens
-        replica.batch, replica.batch_tokens, replica.batch_started = batch, spent, self.now
-        self.at(self.now + self.costs.launch_s + self.costs.token_s * spent, self._finish, replica)
+        waiting, slots = replica.waiting, replica.slots
+        while waiting and slots.may_start(replica.waiting_tokens, replica.running, replica.partial):
+            share = slots.share(replica.waiting_tokens, replica.partial)
+            calls = [waiting.popleft()]
+            spent = calls[0].tokens
+            while waiting and spent + waiting[0].tokens <= share:
+                calls.append(waiting.popleft())
+                spent += calls[-1].tokens
+            batch = Batch(replica, calls, spent, share >= slots.budget, self.now)
+            replica.waiting_tokens -= spent
+            replica.running += 1
+            replica.partial += not batch.is_full
+            self.at(self.now + self.costs.batch_s(spent), self._finish, batch)
 
-    def _finish(self, replica: Replica) -> None:
-        batch, replica.batch = replica.batch, []
-        replica.tokens -= replica.batch_tokens
+    def _finish(self, batch: Batch) -> None:
+        replica = batch.replica
+        replica.tokens -= batch.tokens
+        replica.running -= 1
+        replica.partial -= not batch.is_full
         self.batches += 1
-        self.batch_tokens += replica.batch_tokens
-        replica.rate.record(replica.batch_tokens, replica.batch_started, self.now)
-        if replica.waiting:
-            self._begin(replica)
-        elif replica.is_leaving:
+        self.batch_tokens += batch.tokens
+        replica.rate.record(batch.tokens, batch.started, self.now)
+        self._begin(replica)
+        if replica.is_leaving and not replica.running:
             self._end(replica)
         arrived, pieces = self._arrivals.at_s, self._pieces
         answered_s = self.now + self.costs.request_s
-        for call in batch:
+        for call in batch.calls:
             for request in call.requests:
                 pieces[request] -= 1
                 if not pieces[request]:

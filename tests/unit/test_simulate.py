@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve.config import AutoscalingConfig
 
+from cluster.serves_default import serves_default
 from cluster.simulate.arrivals import Arrivals, arrivals, recorded, shapes
-from cluster.simulate.controller import Timeline, serves_default
+from cluster.simulate.controller import Timeline
 from cluster.simulate.replay import Run, configured, replay
 from cluster.simulate.service import Costs, Service
 from serve_app.autoscale import DrainTime
@@ -47,9 +48,15 @@ def test_a_free_replica_takes_what_waits_up_to_its_budget() -> None:
 
 
 def test_a_long_request_is_answered_with_its_last_piece() -> None:
-    assert run(at((0, 25))) == [2 + 2 + 1.5]
-    # The pieces of ten are shared by two replicas; the third follows the first that is free.
-    assert run(at((0, 25)), replicas=2) == [2 + 1.5]
+    # Cut into equal pieces: 8 + 8 + 9 tokens.
+    assert run(at((0, 25))) == [1.8 + 1.8 + 1.9]
+    # The pieces are shared by two replicas; the third follows the first that is free.
+    assert run(at((0, 25)), replicas=2) == [1.8 + 1.9]
+
+
+def test_lanes_share_what_waits() -> None:
+    # Each takes half of what waits, so ten tokens at a time are two batches of 1.5 s.
+    assert run(at((0, 5), (0, 5)), replace(SLOW, lanes=2)) == [1.5, 1.5]
 
 
 def test_two_replicas_work_side_by_side() -> None:
@@ -70,7 +77,7 @@ def test_no_request_is_lost_whatever_comes_and_however_it_scales(
     costs = replace(SLOW, ingresses=ingresses, start_s=start_s, notice_s=1.0)
     made = replay("", load, costs, DrainTime(), scaling, seed)
     assert np.isfinite(made.latency_s).all()
-    shortest = np.minimum(load.tokens, 10) * 0.1 + 1
+    shortest = load.tokens / np.ceil(load.tokens / 10) * 0.1 + 1  # of equal pieces, side by side
     assert (made.latency_s >= shortest - 1e-9).all(), "faster than the engine"
     assert made.timeline.target[-1] == 0, "nobody is there to be answered any more"
 

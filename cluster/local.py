@@ -32,8 +32,8 @@ def config(
 ) -> dict[str, Any]:
     """serve_config.yaml for so many nodes beside the head, each with room for so many models.
 
-    `beside_default`: with a second application, under `/default`, which Serve's default policy scales in the same
-    bounds and with the same delays.
+    `beside_default`: with a second application, under `/default`, whose models Serve's default policy scales in the same
+    bounds, with all else of it as Serve has it.
     """
     written: dict[str, Any] = yaml.safe_load(base.read_text())
     written["proxy_location"] = "HeadOnly"  # HAProxy's ports are one of each to a machine
@@ -50,6 +50,10 @@ def config(
     if beside_default:
         other = copy.deepcopy(application) | {"name": "default", "route_prefix": "/default"}
         other["autoscaling_policy"] = {"policy_function": "cluster.serves_default:serves_default"}
+        for deployment in other["deployments"]:
+            if deployment["name"].startswith("Model-"):
+                scaling = deployment["autoscaling_config"]
+                deployment["autoscaling_config"] = {name: scaling[name] for name in ("min_replicas", "max_replicas")}
         written["applications"].append(other)
     return written
 

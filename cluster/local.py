@@ -32,8 +32,8 @@ def config(
 ) -> dict[str, Any]:
     """serve_config.yaml for so many nodes beside the head, each with room for so many models.
 
-    `beside_default`: with a second application, under `/default`, whose models Serve's default policy scales in the same
-    bounds, with all else of it as Serve has it.
+    `beside_default`: with a second application, under `/default`, whose models Serve's default policy scales in the
+    same bounds, with all else of it as Serve has it.
     """
     written: dict[str, Any] = yaml.safe_load(base.read_text())
     written["proxy_location"] = "HeadOnly"  # HAProxy's ports are one of each to a machine

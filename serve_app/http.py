@@ -5,11 +5,10 @@ It receives the models as a `Catalog` of pipelines and knows nothing of Ray.
 
 import asyncio
 import logging
-import re
+import math
 import string
 import time
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -18,12 +17,12 @@ import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi_swagger import patch_fastapi
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from serve_app import wire
+from serve_app.answers import Served
 from serve_app.catalog import Catalog
 from serve_app.errors import (
     CallerGone,
@@ -37,7 +36,8 @@ from serve_app.errors import (
     Unauthenticated,
 )
 from serve_app.keys import Keys
-from serve_app.pipeline import Pipeline, Served
+from serve_app.pipeline import Pipeline
+from serve_app.scope import is_gone
 from serve_app.settings import Settings
 
 logger = logging.getLogger("ray.serve")
@@ -55,9 +55,8 @@ ERRORS: Mapping[type[EmbeddingError], tuple[int, str, str | None]] = {
     DeadlineExceeded: (504, "server_error", "deadline_exceeded"),
     CallerGone: (499, "client_error", "client_closed_request"),  # nobody reads it
 }
+DEADLINE_HEADER = "x-deadline-ms"  # in how long a client wants its answer, or none
 LOADING_RETRY_AFTER_S = 2  # after which a client should ask again for a model that is loading
-# uvicorn's own `receive`, whose connection knows if the client is there; not in the scope, which Serve may pickle.
-_received_by: ContextVar[Receive | None] = ContextVar("_received_by", default=None)
 READY_TIMEOUT_S = 5.0  # that `/readyz` gives one short text to come back
 
 
@@ -73,15 +72,14 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
     async def embeddings(request: Request) -> Response:
         arrived = time.monotonic()
         _authenticate(request, keys)
+        limit_s = min(settings.request_timeout_s, wire.parse_deadline(request.headers.get(DEADLINE_HEADER)))
         try:
-            async with asyncio.timeout(settings.request_timeout_s):  # of a client that sends slowly, too
+            async with asyncio.timeout(limit_s):  # of a client that sends slowly, too
                 asked = wire.parse(await _read_body(request, settings.max_body_bytes), settings.max_inputs)
                 pipeline = catalog.find(asked.model)
-                answer = await pipeline.embed(
-                    asked.inputs, arrived + settings.request_timeout_s, asked.refuse_truncation, _is_gone()
-                )
+                answer = await pipeline.embed(asked.inputs, arrived + limit_s, asked.refuse_truncation, is_gone())
         except TimeoutError:
-            raise DeadlineExceeded(f"No answer within the limit of {settings.request_timeout_s:g} s.") from None
+            raise DeadlineExceeded(f"No answer within the limit of {limit_s:g} s.") from None
         served = pipeline.served
         assert served is not None, "an answer came from a model that was never described. This is a bug."
         vectors = wire.cut(answer.vectors, asked.dimensions, served.normalize)
@@ -152,12 +150,6 @@ def _authenticate(request: Request, keys: Keys | None) -> None:
         keys.name_of(key.strip() if scheme.lower() == "bearer" else None)
 
 
-def _is_gone() -> Callable[[], bool]:
-    """Whether the client has left, by uvicorn's own note of it; always False behind another server."""
-    connection = getattr(_received_by.get(), "__self__", None)
-    return lambda: getattr(connection, "disconnected", False)
-
-
 async def _read_body(request: Request, limit_bytes: int) -> bytes:
     """The body, refused by its declared length before any of it is read, else as soon as it passes the limit."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -213,7 +205,7 @@ async def _on_embedding_error(request: Request, error: EmbeddingError) -> Respon
     response = _error(status, str(error), kind, getattr(error, "param", None), code)
     if isinstance(error, Overloaded):
         # OpenAI's clients wait at most 60 s, and some not at all for a fraction of a second.
-        response.headers["retry-after"] = str(min(60, max(1, round(error.retry_after_s))))
+        response.headers["retry-after"] = str(min(60, max(1, math.ceil(error.retry_after_s))))
     if isinstance(error, ModelUnavailable):
         response.headers["retry-after"] = str(LOADING_RETRY_AFTER_S)
     if status == 401:
@@ -249,51 +241,3 @@ def _document(catalog: Catalog, settings: Settings) -> dict[str, Any]:
     filled = template.safe_substitute(model=(names or [settings.models[0].id])[0], max_inputs=settings.max_inputs)
     document: dict[str, Any] = yaml.safe_load(filled)
     return document
-
-
-class _CleanScope:
-    """Routes by the canonical path, and keeps from Serve the headers that it would read and clients may not set.
-
-    They would change the service's time limit or a replica's choice, and a byte in them that is no UTF-8 fails the
-    request before it gets here. A request id of plain characters is kept, and echoed by Serve. A client that leaves is
-    noticed by asking its connection, when the request's turn comes.
-    """
-
-    SERVES_OWN = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id"})
-    # Serve would watch every connection with two tasks of its own, a tenth of a short request's time.
-    UNWATCHED = (b"x-request-disconnect-disabled", b"?1")
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["path"] = canonical(scope["path"])
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if self._may_pass(name, value)]
-            scope["headers"].append(self.UNWATCHED)
-            _received_by.set(receive)
-        await self._app(scope, receive, send)
-
-    def _may_pass(self, name: bytes, value: bytes) -> bool:
-        if name == b"x-request-id":
-            return value.isascii()
-        return name not in self.SERVES_OWN and not name.startswith((b"serve-multiplexed", b"serve_multiplexed"))
-
-
-def middlewares() -> list[Middleware]:
-    """What Serve puts around its own reading of a request (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
-    return [Middleware(_CleanScope)]
-
-
-def canonical(path: str) -> str:
-    """The path that a client means whose base URL lacks `/v1`, has it twice, or has a slash too many.
-
-    >>> canonical("//v1/v1/embeddings/"), canonical("/embeddings")
-    ('/v1/embeddings', '/v1/embeddings')
-    """
-    path = re.sub(r"/{2,}", "/", path)
-    if len(path) > 1:
-        path = path.rstrip("/")
-    if path.startswith(("/embeddings", "/models")):
-        return f"/v1{path}"
-    return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path

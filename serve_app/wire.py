@@ -5,6 +5,7 @@ client counts on: `encoding_format: null` is as good as absent, and unknown fiel
 """
 
 import base64
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -58,6 +59,15 @@ def parse(body: bytes, max_inputs: int) -> EmbeddingRequest:
         dimensions=dimensions,
         refuse_truncation=truncate == "error",
     )
+
+
+def parse_deadline(value: str | None) -> float:
+    """Seconds from a header's milliseconds, endless without one; raises InvalidInput for what is no time."""
+    if value is None:
+        return math.inf
+    if not (value.isascii() and value.isdecimal() and int(value[:20]) > 0):
+        raise InvalidInput(f"'x-deadline-ms' must be a whole number of at least 1, not {value[:40]!r}.")
+    return int(value[:20]) / 1e3
 
 
 def _inputs(value: Any, max_inputs: int) -> Sequence[str] | ClientIds:

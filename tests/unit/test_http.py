@@ -18,9 +18,10 @@ from serve_app.errors import (
     ModelUnavailable,
     Overloaded,
 )
-from serve_app.http import canonical, create_app, middlewares
+from serve_app.http import create_app
 from serve_app.keys import Keys
 from serve_app.pipeline import Pipeline
+from serve_app.scope import canonical, middlewares
 from serve_app.settings import ModelSettings, Settings
 from tests.hand import HandStages, vector
 
@@ -203,13 +204,21 @@ async def test_asking_whether_it_is_ready_does_not_wake_a_model_at_zero() -> Non
 
 async def test_a_request_over_its_time_is_given_up() -> None:
     class Stuck(HandStages):
-        async def infer(self, packed: object, deadline: float) -> object:
+        async def infer(self, packed: object, deadline: float, is_bulk: bool = False) -> object:
             return await asyncio.get_running_loop().create_future()
 
     async with await client(Stuck(), request_timeout_s=0.05) as http:  # type: ignore[arg-type]
         answer = await http.post("/v1/embeddings", json={"model": MODEL, "input": "x"})
     assert answer.status_code == 504
     assert error_of(answer)["message"] == "No answer within the limit of 0.05 s."
+    async with await client(Stuck()) as http:  # type: ignore[arg-type]
+        asked = {"model": MODEL, "input": "x"}
+        answer = await http.post("/v1/embeddings", json=asked, headers={"x-deadline-ms": "50"})
+        assert answer.status_code == 504
+        assert error_of(answer)["message"] == "No answer within the limit of 0.05 s."
+        for value in ("0", "-5", "1.5", "soon", "\u0663"):
+            answer = await http.post("/v1/embeddings", json=asked, headers={"x-deadline-ms": value.encode()})
+            assert answer.status_code == 400 and "'x-deadline-ms' must be a whole number" in error_of(answer)["message"]
 
 
 async def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

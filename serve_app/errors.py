@@ -10,6 +10,7 @@ EmbeddingError
 ├── DeadlineExceeded     the answer would come after the client's deadline
 ├── CallerGone           the caller left before the work began
 ├── EngineError          the engine failed or gave vectors that can't be right
+│   └── EngineBroken     the engine of this replica fails at everything; another replica's may not
 └── WeightsError         a model folder is missing, damaged, or of a kind that can't be served
 
 Every error passes all its arguments to `Exception.__init__`, since only then does it survive pickling between
@@ -70,6 +71,10 @@ class CallerGone(EmbeddingError):
 
 class EngineError(EmbeddingError):
     """The engine failed, or gave vectors that can't be right."""
+
+
+class EngineBroken(EngineError):
+    """The engine of this replica fails at everything, so the call is for another one."""
 
 
 class WeightsError(EmbeddingError):

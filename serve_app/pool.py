@@ -8,13 +8,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from serve_app.channel import Channel, Endpoint, PeerLost
-from serve_app.errors import DeadlineExceeded, ModelUnavailable
+from serve_app.errors import DeadlineExceeded, EngineBroken, ModelUnavailable
 
 logger = logging.getLogger("ray.serve")
 
 CONNECT_TIMEOUT_S = 3.0
 # Times that a call is made at most. Embedding twice is harmless, so what a dying replica had accepted is sent again.
 ATTEMPTS = 3
+# Repeats that may be made at once, and the share of all calls that may be in the long run: where every replica fails,
+# repeats would only double the load.
+REPEATS = 100
+REPEATS_SHARE = 0.1
 
 
 class Pool:
@@ -25,6 +29,7 @@ class Pool:
         self._name = name
         self._channels: dict[Endpoint, Channel] = {}
         self._changed = asyncio.Event()
+        self._repeats = float(REPEATS)  # that may still be made
 
     @property
     def load(self) -> int:
@@ -50,15 +55,19 @@ class Pool:
     async def call(self, method: str, job: Any, cost: int, deadline: float) -> Any:
         """The answer of a replica; raises DeadlineExceeded, ModelUnavailable, or the replica's own EmbeddingError."""
         lost: list[Channel] = []
+        self._repeats = min(REPEATS, self._repeats + REPEATS_SHARE)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 while len(lost) < ATTEMPTS:
                     channel = await self._least_loaded(lost)
                     try:
                         return await channel.call(method, job, cost, deadline - time.monotonic())
-                    except PeerLost:
-                        logger.warning(f"a replica of {self._name} was lost with a call in flight")
+                    except (PeerLost, EngineBroken) as error:
+                        logger.warning(f"a replica of {self._name} was lost with a call in flight: {error}")
                         lost.append(channel)
+                        if self._repeats < 1:
+                            raise ModelUnavailable(f"The model `{self._name}` loses too many replicas.") from None
+                        self._repeats -= 1
         except TimeoutError:
             raise DeadlineExceeded(f"No replica of `{self._name}` answered in time.") from None
         raise ModelUnavailable(f"The model `{self._name}` lost {ATTEMPTS} replicas in a row; try again.")

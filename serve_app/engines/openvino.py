@@ -9,7 +9,7 @@ all threads, since there it is the time of one answer that counts.
 """
 
 import time
-from collections import deque
+from queue import LifoQueue
 
 import numpy as np
 import openvino as ov
@@ -62,17 +62,20 @@ class OpenVinoEngine:
             }
             return core.compile_model(graph, "CPU", options).create_infer_request()
 
-        # A call takes a lane from here and brings it back; popping and appending are atomic.
-        self._free = deque(request(1) for _ in range(threads))
+        # A call takes a lane from here and brings it back, the last one first. There is one more than threads, so that
+        # a short text need not wait for the batches of a long list.
+        self._free: LifoQueue[InferRequest] = LifoQueue()
+        for _ in range(threads + 1):
+            self._free.put(request(1))
         self._wide = request(threads)
         self._shared_s = 0.0  # when two calls last ran at once, by time.monotonic()
 
     def embed(self, packed: Packed) -> Float32:
         """Vectors, float32 [B, D], in the order of the rows; rows of like length run together."""
-        lane = self._free.pop()
+        lane = self._free.get()
         try:
             now = time.monotonic()
-            if len(self._free) < self.lanes - 1:
+            if self._free.qsize() < self.lanes:
                 self._shared_s = now
             is_calm = now - self._shared_s > CALM_S
             request = self._wide if is_calm and packed.rows == 1 and packed.tokens > self.brief_tokens else lane
@@ -87,7 +90,7 @@ class OpenVinoEngine:
                 vectors[rows] = request.get_output_tensor(0).data[: len(rows)]
             return vectors
         finally:
-            self._free.append(lane)
+            self._free.put(lane)
 
 
 def settle(precision: str, has_bfloat16: bool) -> Precision:

@@ -4,6 +4,7 @@ With it two cores can carry many replicas, so that routing, batching and autosca
 are the mean of the tokens' word embeddings: they tell texts and orders apart, but are not the model's.
 """
 
+import threading
 import time
 
 import numpy as np
@@ -28,12 +29,14 @@ class SleepEngine:
 
     def __init__(self, bert: Bert) -> None:
         self._words = bert.words
+        self._busy = threading.Lock()  # with one batch at a time
 
     def embed(self, packed: Packed) -> Float32:
         """Vectors, float32 [B, D], in the order of the rows."""
-        until = time.monotonic() + LAUNCH_S + TOKEN_S * packed.tokens
+        seconds = LAUNCH_S + TOKEN_S * packed.tokens
         starts = np.cumsum(packed.lengths) - packed.lengths
         sums = np.add.reduceat(self._words[packed.ids].astype(np.float32), starts, axis=0)
         vectors: Float32 = sums / np.linalg.norm(sums, axis=1, keepdims=True)
-        time.sleep(max(0.0, until - time.monotonic()))
+        with self._busy:
+            time.sleep(seconds)
         return vectors

@@ -123,7 +123,7 @@ class TorchEngine:
                 self._open_lanes()
 
     def embed(self, packed: Packed) -> Float32:
-        """Vectors, float32 [B, D], in the order of the rows; raises EngineError where the GPU's memory is too small."""
+        """Vectors, float32 [B, D], in the order of the rows; raises MemoryError where the GPU's is too small."""
         order = np.argsort(-packed.lengths, kind="stable")  # so that rows of like length stand together
         vectors = np.empty((packed.rows, self._dimensions), np.float32)
         stop = 0
@@ -137,7 +137,7 @@ class TorchEngine:
             pass
         # Out here the error is gone, and with it its traceback, which held the call's tensors.
         torch.cuda.empty_cache()
-        raise EngineError(f"no memory left on {self.device} for a batch of {packed.tokens} tokens; lower batch_tokens")
+        raise MemoryError(f"no memory left on {self.device} for a batch of {packed.tokens} tokens; lower batch_tokens")
 
     def _embed(self, packed: Packed) -> Float32:
         if not self._gpu:

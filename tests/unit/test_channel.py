@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app import channel
+from serve_app import channel, pool
 from serve_app.channel import HEADER, MAX_PAYLOAD_BYTES, Endpoint, Listener
-from serve_app.errors import DeadlineExceeded, EngineError, InvalidInput, ModelUnavailable
+from serve_app.errors import DeadlineExceeded, EngineBroken, EngineError, InvalidInput, ModelUnavailable
 from serve_app.pool import ATTEMPTS, Pool
 
 HOST = "127.0.0.1"
@@ -143,6 +143,32 @@ async def test_calls_of_a_replica_that_dies_are_made_again_at_another(service: S
     assert await asyncio.gather(*calls) == list(range(20))
     assert sorted(other.asked) == list(range(20))
     assert await service.pool.call("echo", "after", 1, soon()) == "after"
+
+
+async def test_a_call_of_a_replica_whose_engine_is_broken_is_made_again_at_another(service: Service) -> None:
+    async def broken(job: Any, deadline: float) -> Any:
+        raise EngineBroken("the engine fails at everything")
+
+    _, endpoints = await service.start(1)
+    bad = Listener({"echo": broken})
+    await service.pool.update([await bad.open(HOST), *endpoints])
+    assert [await service.pool.call("echo", number, 1, soon()) for number in range(20)] == list(range(20))
+    await bad.close()
+
+
+async def test_repeats_end_where_most_calls_need_one(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "REPEATS", 2)
+    service.pool = Pool("Mihaiii/Ivysaur")
+    [replica], endpoints = await service.start(1)
+    await service.pool.update(endpoints)
+    calls = [asyncio.ensure_future(service.pool.call("wait", number, 1, soon())) for number in range(5)]
+    await replica.arrived.wait()
+    others, more = await service.start(1)
+    await service.pool.update([*endpoints, *more])
+    others[0].gate.set()
+    replica.die()
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert sorted(type(each).__name__ for each in done) == ["ModelUnavailable"] * 3 + ["int"] * 2
 
 
 async def test_a_call_waits_for_a_replica_to_come(service: Service) -> None:

@@ -8,6 +8,7 @@ import pytest
 from serve_app import errors
 from serve_app.errors import (
     EmbeddingError,
+    EngineBroken,
     EngineError,
     InvalidInput,
     Overloaded,
@@ -49,4 +50,4 @@ def test_every_error_is_drawn_in_the_tree_and_has_a_status_of_its_own_unless_it_
 ) -> None:
     assert errors.__doc__ is not None
     assert kind.__name__ in errors.__doc__
-    assert (kind in ERRORS) != (kind in {EngineError, WeightsError})
+    assert (kind in ERRORS) != (kind in {EngineError, EngineBroken, WeightsError})

@@ -227,7 +227,7 @@ class Full(TorchEngine):
 
 def test_memory_that_runs_out_names_the_batch_and_what_to_change() -> None:
     with pytest.raises(
-        EngineError, match=r"no memory left on .* for a batch of 23 tokens; lower batch_tokens"
+        MemoryError, match=r"no memory left on .* for a batch of 23 tokens; lower batch_tokens"
     ) as raised:
         Full(network(), "float32", 2).embed(sequences(20, 3))
     assert raised.value.__context__ is None  # a traceback would keep the tensors that filled it

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from serve_app.answers import Served
 from serve_app.errors import ModelNotFound, ModelUnavailable
-from serve_app.pipeline import Pipeline, Served
+from serve_app.pipeline import Pipeline
 
 
 class Catalog:

@@ -10,10 +10,11 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import ray
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -21,32 +22,33 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app import engines, weights
-from serve_app.autoscale import RATE, WAITING, asked_of, waiting_for
+from serve_app.answers import Embedded, Served, deal
+from serve_app.autoscale import RATE, WAITING
 from serve_app.catalog import Catalog
 from serve_app.channel import Endpoint, Listener
 from serve_app.discovery import refresh
 from serve_app.engines import bert
-from serve_app.errors import EngineError, WeightsError
+from serve_app.engines.guard import Guard
+from serve_app.errors import EngineBroken, EngineError, WeightsError
 from serve_app.http import create_app
 from serve_app.keys import Keys
-from serve_app.packing import Frame, Packed, Tokenized, concat
-from serve_app.pipeline import CALL_CHARACTERS, Embedded, Pipeline, Served, deal
+from serve_app.packing import Frame, Packed, Tokenized, concat, typical
+from serve_app.pipeline import CALL_CHARACTERS, Pipeline
 from serve_app.rate import Rate
 from serve_app.scheduler import Entry, Scheduler
 from serve_app.settings import ModelSettings, Settings
 from serve_app.stages import RemoteStages
+from serve_app.threads import background
 
 logger = logging.getLogger("ray.serve")
+Queue = Scheduler[Packed, Embedded]
 
 # A batch is some hundred milliseconds of work: an engine at the same one for this long hangs.
 ENGINE_STALL_S = 30.0
-# Batches that fail in a row before the engine itself counts as broken, as CUDA is after one fault on the device.
-ENGINE_FAILURES = 5
 # Characters that are tokenized in under a millisecond, which is not worth a thread.
 INLINE_CHARACTERS = 2_000
-# What a replica tries itself out with: texts of this kind, as many as make a full call or batch.
+# What a tokenizer tries itself out with: texts of this kind, as many as make a full call.
 TYPICAL_TEXT = "how long does red wine keep once the bottle is open"
-TYPICAL_TOKENS = 32
 # States in which a deployment without a replica may have meant to have none, and for how long that is believed.
 SOUND = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 ASLEEP_S = 10.0
@@ -65,9 +67,9 @@ class Tokenizer:
         self._tokenizer = TextTokenizer(found.folder, found.max_tokens, found.lowercase)
         if (known := self._tokenizer.frame.vocabulary) > found.vocabulary:
             raise WeightsError(f"{found.folder}: the tokenizer has {known} tokens, the model {found.vocabulary}")
-        typical = [TYPICAL_TEXT] * (CALL_CHARACTERS // len(TYPICAL_TEXT))
+        texts = [TYPICAL_TEXT] * (CALL_CHARACTERS // len(TYPICAL_TEXT))
         self._waiting_characters, self._rate = 0, Rate(CALL_CHARACTERS)
-        self._rate.try_out(CALL_CHARACTERS, lambda: self._tokenizer.tokenize(typical))
+        self._rate.try_out(CALL_CHARACTERS, lambda: self._tokenizer.tokenize(texts))
         self._listener = Listener({"tokenize": self.tokenize, "hand_over": self.hand_over})
         self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
 
@@ -112,37 +114,49 @@ class Model:
     def __init__(self, settings: ModelSettings) -> None:
         found = weights.resolve(settings)
         network = bert.load(found.folder, found.pooling, found.normalize)
-        self._engine = engines.open_engine(network, settings.engine, settings.precision, _cpus())
-        self._scheduler: Scheduler[Packed, Embedded] = Scheduler(self._run, settings.batch_tokens, self._engine.lanes)
-        self._failures = 0  # batches in a row
-        rows = settings.batch_tokens // TYPICAL_TOKENS
-        typical = Packed(np.ones(rows * TYPICAL_TOKENS, np.int32), np.full(rows, TYPICAL_TOKENS, np.int32))
+        engine = engines.open_engine(network, settings.engine, settings.precision, _cpus())
+        self._engine = Guard(engine, network.dimensions)
+        self._broken: EngineBroken | None = None
+        # Short requests and long ones have each their queue and threads, and those of the long ones give way.
+        self._short, self._long = (
+            Queue(partial(self._run, threads), settings.batch_tokens, lanes=engine.lanes)
+            for threads in (None, background(engine.lanes, settings.bulk_share))
+        )
         self._rate = Rate(settings.batch_tokens)
-        self._rate.try_out(typical.tokens, lambda: self._engine.embed(typical))
+        with ThreadPoolExecutor(engine.lanes) as lanes:
+            batches = [typical(settings.batch_tokens)] * engine.lanes
+            self._rate.try_out(batches[0].tokens * len(batches), lambda: list(lanes.map(engine.embed, batches)))
         self._served = Served(
             id=found.id,
             created=int(time.time()),
             origin=found.origin,
-            engine=self._engine.name,
-            precision=self._engine.precision,
-            device=self._engine.device,
-            lanes=self._engine.lanes,
+            engine=engine.name,
+            precision=engine.precision,
+            device=engine.device,
+            lanes=engine.lanes,
             dimensions=network.dimensions,
             normalize=found.normalize,
             max_tokens=found.max_tokens,
             weights=found.digest,
-            fingerprint=engines.fingerprint(found.digest, self._engine),
+            fingerprint=engines.fingerprint(found.digest, engine),
             tokenizer=found.tokenizer_digest,
         )
-        self._listener = Listener({"infer": self.infer})
+        self._listener = Listener({"infer": self.infer, "infer_bulk": self.infer_bulk})
         self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
         logger.info(f"serving {found.id} from {found.origin}, fingerprint {self._served.fingerprint}")
 
     async def infer(self, packed: Packed, deadline: float) -> Embedded:
         """Vectors of the sequences, in order; raises DeadlineExceeded if they could not start in time."""
-        if self._scheduler.has_room:
-            return await self._scheduler.submit(packed, packed.tokens, deadline)
-        job: asyncio.Task[Embedded] = await self._infer_together((packed, deadline))
+        return await self._infer(self._short, packed, deadline)
+
+    async def infer_bulk(self, packed: Packed, deadline: float) -> Embedded:
+        """The same for a part of a long request, which leaves the processor to short ones."""
+        return await self._infer(self._long, packed, deadline)
+
+    async def _infer(self, queue: Queue, packed: Packed, deadline: float) -> Embedded:
+        if queue.has_room:
+            return await queue.submit(packed, packed.tokens, deadline)
+        job: asyncio.Task[Embedded] = await self._infer_together((queue, packed, deadline))
         return await job
 
     # `@serve.batch` seals a batch at every turn of the loop, whether the engine is free or not, so it only gathers the
@@ -150,49 +164,50 @@ class Model:
     # each call awaits its own, so none waits for another's, fails with another's, or outlives its caller. With an idle
     # engine there is nothing to gather, and the decorator's own turns of the loop would take 0.4 ms.
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0, max_concurrent_batches=16)
-    async def _infer_together(self, calls: list[tuple[Packed, float]]) -> list[asyncio.Task[Embedded]]:
-        jobs = (self._scheduler.submit(packed, packed.tokens, deadline) for packed, deadline in calls)
+    async def _infer_together(self, calls: list[tuple[Queue, Packed, float]]) -> list[asyncio.Task[Embedded]]:
+        jobs = (queue.submit(packed, packed.tokens, deadline) for queue, packed, deadline in calls)
         return [asyncio.create_task(job) for job in jobs]
 
-    async def _run(self, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
+    async def _run(self, threads: Executor | None, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
         jobs = [entry.job for entry in entries]
         started = time.perf_counter()
         packed = concat(jobs)
+        is_alone = threads is None and self._short.running == 1
         try:
-            if packed.tokens <= self._engine.brief_tokens and self._scheduler.running == 1:
+            if is_alone and packed.tokens <= self._engine.engine.brief_tokens:
                 vectors = self._engine.embed(packed)
             else:
-                vectors = await asyncio.to_thread(self._engine.embed, packed)
-            if not np.isfinite(vectors).all():
-                raise EngineError("the engine gave vectors that are not finite")
-        except Exception:
-            self._failures += 1
+                vectors = await asyncio.get_running_loop().run_in_executor(threads, self._engine.embed, packed)
+        except EngineBroken as error:
+            self._broken = error
             raise
-        self._failures = 0
         ended = time.perf_counter()
         self._rate.record(packed.tokens, started, ended)
         return deal(Embedded(vectors, self._served.weights, self._served.fingerprint, (ended - started) * 1e3), jobs)
 
-    async def describe(self) -> tuple[Served, Endpoint]:
-        """What this replica serves, and where it listens."""
-        return self._served, await self._endpoint
+    async def describe(self) -> tuple[Served, Endpoint, float]:
+        """What this replica serves, where it listens, and the tokens/s that it has for each of its callers; raises
+        EngineBroken once it is of no more use."""
+        if self._broken:
+            raise self._broken
+        return self._served, await self._endpoint, self._rate.per_s / max(1, len(self._listener.peers))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What serve_app.autoscale decides by, in tokens."""
-        return {WAITING: self._scheduler.unfinished_cost, RATE: self._rate.per_s}
+        return {WAITING: self._short.unfinished_cost + self._long.unfinished_cost, RATE: self._rate.per_s}
 
     async def __del__(self) -> None:  # Serve awaits it before it ends a replica, also one that could not start
         if hasattr(self, "_listener"):
             await self._listener.close()
 
     async def check_health(self) -> None:
-        """Raises EngineError, upon which Serve replaces this replica, once the engine hangs or fails at every batch; or
+        """Raises EngineError, upon which Serve replaces this replica, once the engine hangs or fails at everything; or
         OSError where it could not listen."""
         await self._endpoint
-        if self._failures >= ENGINE_FAILURES:
-            raise EngineError(f"the engine failed at the last {self._failures} batches")
-        if self._scheduler.running_s > ENGINE_STALL_S:
-            raise EngineError(f"the engine has been at one batch for {self._scheduler.running_s:.0f} s")
+        if self._broken:
+            raise self._broken
+        if (running_s := max(self._short.running_s, self._long.running_s)) > ENGINE_STALL_S:
+            raise EngineError(f"the engine has been at one batch for {running_s:.0f} s")
 
 
 class Replicas:
@@ -244,27 +259,20 @@ class Ingress:
         self._stages = [
             RemoteStages(model.id, *map(Replicas, pair)) for model, pair in zip(settings.models, handles, strict=True)
         ]
-        self._catalog = Catalog(
-            [
-                Pipeline(model, stages, settings.max_request_tokens)
-                for model, stages in zip(settings.models, self._stages, strict=True)
-            ]
-        )
-        self._refreshing = [asyncio.ensure_future(refresh(pipeline)) for pipeline in self._catalog.pipelines]
+        pipelines = [
+            Pipeline(model, stages, settings.max_request_tokens)
+            for model, stages in zip(settings.models, self._stages, strict=True)
+        ]
+        self._catalog = Catalog(pipelines)
+        self._refreshing = [asyncio.ensure_future(refresh(pipeline)) for pipeline in pipelines]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._catalog, self._settings, self._keys)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What serve_app.autoscale decides by: the work that is held here, and all that was asked, of each stage."""
-        stats: dict[str, float] = {}
-        for pipeline, stages in zip(self._catalog.pipelines, self._stages, strict=True):
-            for name, load, scheduler in zip(stages.deployments, stages.loads, pipeline.schedulers, strict=True):
-                stats[asked_of(name)] = scheduler.asked_cost
-                stats[waiting_for(name)] = max(0, scheduler.unfinished_cost - load)
-            if pipeline.served is None:  # what a model serves is learnt from a replica of it, so one is needed
-                stats[waiting_for(stages.deployments[1])] += 1
-        return stats
+        held = zip(self._stages, self._catalog.pipelines, strict=True)
+        return {name: work for stages, pipeline in held for name, work in stages.report(pipeline).items()}
 
 
 def _host() -> str:

@@ -6,8 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from serve_app.answers import Served
 from serve_app.errors import EmbeddingError
-from serve_app.pipeline import DISCOVERY_TIMEOUT_S, Pipeline, Served
+from serve_app.pipeline import DISCOVERY_TIMEOUT_S, Pipeline
 
 logger = logging.getLogger("ray.serve")
 

@@ -35,6 +35,12 @@ class Packed:
         return len(self.lengths)
 
 
+def typical(tokens: int) -> Packed:
+    """Sequences of a usual length, together at most so many tokens, for an engine to try itself out with."""
+    length = 32
+    return Packed(np.ones(tokens // length * length, np.int32), np.full(tokens // length, length, np.int32))
+
+
 def concat(parts: Sequence[Packed]) -> Packed:
     """Join packed sequences, in order."""
     if len(parts) == 1:

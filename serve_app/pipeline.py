@@ -9,14 +9,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from serve_app.errors import InvalidInput, ModelUnavailable, TooManyTokens
+from serve_app.answers import Described, Embedded, Served, assemble, deal
+from serve_app.errors import EngineError, InvalidInput, ModelUnavailable, Overloaded, TooManyTokens
 from serve_app.packing import (
     ClientIds,
     Float32,
@@ -46,50 +47,15 @@ CALL_CHARACTERS = 32_768
 # are soon over.
 FULL_CALLS_A_LANE = 2
 FULL_CALLS_TO_TOKENIZERS = 64
+# Most tokens that are held for a model, in 64 MB: while it sleeps or starts, nobody can tell how long it will take.
+MAX_HELD_TOKENS = 16_000_000
+HELD_RETRY_S = 10.0
+# Of English text, by which a request is judged before it is tokenized.
+CHARACTERS_A_TOKEN = 4
 # How long replicas may take to say what they serve.
 DISCOVERY_TIMEOUT_S = 5.0
 # Times that a request is computed again while replicas of new weights take the place of old ones.
 ROLLOUT_TRIES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """What a model replica answers: vectors float32 [B, D], by which weights and engine, and its own time."""
-
-    vectors: Float32
-    weights: str
-    fingerprint: str
-    infer_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What a model's replicas say of themselves: the model that is really there, and how it is computed."""
-
-    id: str
-    created: int  # Unix time in seconds
-    origin: str
-    engine: str
-    precision: str
-    device: str
-    lanes: int  # batches that one replica's engine runs at once
-    dimensions: int
-    normalize: bool
-    max_tokens: int
-    weights: str  # digest of all that decides the vectors but engine and precision
-    fingerprint: str
-    tokenizer: str  # digest of all that decides the token ids
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """A model's replicas at one moment: what they serve, how many there are, and what of it can be done here."""
-
-    served: Served
-    frame: Frame
-    tokenizers: int
-    models: int  # 0 while they are scaled to zero
-    tokenize: Callable[[Sequence[str]], Tokenized]  # the tokenizers' own tokenizer, in this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +78,7 @@ class Stages(Protocol):
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized: ...
 
-    async def infer(self, packed: Packed, deadline: float) -> Embedded: ...
+    async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded: ...
 
 
 class Pipeline:
@@ -127,7 +93,11 @@ class Pipeline:
         self._tokenizing: Scheduler[Sequence[str], Tokenized] = Scheduler(
             self._tokenize_together, CALL_CHARACTERS, full_concurrency=FULL_CALLS_TO_TOKENIZERS
         )
-        self._inferring: Scheduler[Packed, Embedded] = Scheduler(self._infer_together, settings.batch_tokens)
+        # Requests of no more tokens than one text may have, and longer ones.
+        self._short, self._long = (
+            Scheduler[Packed, Embedded](partial(self._infer_together, is_bulk), settings.batch_tokens)
+            for is_bulk in (False, True)
+        )
 
     @property
     def served(self) -> Served | None:
@@ -142,12 +112,12 @@ class Pipeline:
     @property
     def has_backlog(self) -> bool:
         """Whether more waits for the models than one call carries, so that more of them would help."""
-        return self._inferring.waiting_cost >= self._inferring.slots.budget
+        return self._short.waiting_cost + self._long.waiting_cost >= self.settings.batch_tokens
 
     @property
-    def schedulers(self) -> tuple[Scheduler[Any, Any], Scheduler[Any, Any]]:
+    def queues(self) -> tuple[Sequence[Scheduler[Any, Any]], Sequence[Scheduler[Any, Any]]]:
         """What waits for the tokenizers, in characters, and for the models, in tokens."""
-        return self._tokenizing, self._inferring
+        return (self._tokenizing,), (self._short, self._long)
 
     async def discover(self, deadline: float) -> Described:
         """Ask the replicas what they serve; raises ModelUnavailable while none can say. All who ask at once share."""
@@ -164,7 +134,9 @@ class Pipeline:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
         self._tokenizing.slots.workers = found.tokenizers
         workers, lanes = max(1, found.models), found.served.lanes
-        self._inferring.slots = Slots(self.settings.batch_tokens, workers, lanes, workers * lanes * FULL_CALLS_A_LANE)
+        for queue in (self._short, self._long):
+            queue.slots = Slots(self.settings.batch_tokens, workers, lanes, workers * lanes * FULL_CALLS_A_LANE)
+            queue.pace.told = found.tokens_per_s
         return found
 
     async def embed(
@@ -176,10 +148,11 @@ class Pipeline:
     ) -> Answer:
         """Vectors of the inputs, in their order; `deadline` in `time.monotonic()` seconds.
 
-        Raises InvalidInput for what this model can't take, TooManyTokens, DeadlineExceeded, CallerGone, or the stages'
-        own faults.
+        Raises InvalidInput for what this model can't take, TooManyTokens, Overloaded, DeadlineExceeded, CallerGone, or
+        the stages' own faults.
         """
         described = self._described or await self.discover(deadline)
+        self._admit(inputs, described.served.max_tokens, deadline)
         started = time.perf_counter()
         if isinstance(inputs, ClientIds):
             tokenized = accept_ids(inputs, described.frame)
@@ -204,6 +177,21 @@ class Pipeline:
         described = self._described or await self.discover(deadline)
         if not self.is_asleep:
             await self._stages.infer(described.tokenize(["ready?"]).packed, deadline)
+
+    def _admit(self, inputs: Sequence[str] | ClientIds, max_tokens: int, deadline: float) -> None:
+        """Before any work is done on them: raises Overloaded for inputs whose answer would come too late."""
+        held = self._short.unfinished_cost + self._long.unfinished_cost
+        if held > MAX_HELD_TOKENS:
+            raise Overloaded(f"{held} tokens wait, the limit is {MAX_HELD_TOKENS}; try again later.", HELD_RETRY_S)
+        tokens = len(inputs.ids) if isinstance(inputs, ClientIds) else sum(map(len, inputs)) / CHARACTERS_A_TOKEN
+        queue = self._short if tokens <= max_tokens else self._long
+        wait_s = self._tokenizing.wait_s + queue.wait_s
+        if wait_s > (left_s := max(0.0, deadline - time.monotonic())):
+            raise Overloaded(
+                f"What waits before this request takes {wait_s:.1f} s, and the request has to be answered within "
+                f"{left_s:.1f} s; try again later.",
+                wait_s - left_s,
+            )
 
     def _hold_limits(self, tokenized: Tokenized, frame: Frame, refuse_truncation: bool) -> None:
         if refuse_truncation and tokenized.truncated:
@@ -235,15 +223,19 @@ class Pipeline:
     async def _infer(self, packed: Packed, served: Served, deadline: float, is_gone: Callable[[], bool]) -> Embedded:
         """All rows by the same weights: those that were known when the request's model was looked up, or others of the
         same model and tokenizer that have taken their place."""
+        queue = self._short if packed.tokens <= served.max_tokens else self._long
         # A piece for each batch that the replicas can run at once, with rows of like length together.
         order = np.argsort(-packed.lengths, kind="stable")
         ordered = packed if packed.rows == 1 else reorder(packed, order)
-        pieces = split(ordered, self.settings.batch_tokens, self._inferring.slots.pieces(packed.tokens))
+        pieces = split(ordered, self.settings.batch_tokens, queue.slots.pieces(packed.tokens))
         name, tokenizer = served.id, served.tokenizer
         for _ in range(ROLLOUT_TRIES):
-            parts = await _all([self._inferring.submit(piece, piece.tokens, deadline, is_gone) for piece in pieces])
+            parts = await _all([queue.submit(piece, piece.tokens, deadline, is_gone) for piece in pieces])
             if {part.weights for part in parts} == {served.weights}:
-                return assemble(parts, order)
+                whole = assemble(parts, order)
+                if not np.isfinite(whole.vectors).all():
+                    raise EngineError("the engine has no vector for some of the inputs")
+                return whole
             served = (await self.discover(deadline)).served  # replicas were replaced
             if (served.id, served.tokenizer) != (name, tokenizer):
                 break
@@ -262,28 +254,9 @@ class Pipeline:
             row, token = stop, token_stop
         return answers
 
-    async def _infer_together(self, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
+    async def _infer_together(self, is_bulk: bool, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
         jobs = [entry.job for entry in entries]
-        return deal(await self._stages.infer(concat(jobs), max(entry.deadline for entry in entries)), jobs)
-
-
-def deal(whole: Embedded, jobs: Sequence[Packed]) -> list[Embedded]:
-    """To each job its own rows of the vectors that were computed for all of them together, in order."""
-    if len(jobs) == 1:
-        return [whole]
-    ends = np.cumsum([job.rows for job in jobs]).tolist()
-    return [replace(whole, vectors=whole.vectors[end - job.rows : end]) for job, end in zip(jobs, ends, strict=True)]
-
-
-def assemble(parts: Sequence[Embedded], order: NDArray[np.intp]) -> Embedded:
-    """One answer of several: row i of all parts together is that of input `order[i]`."""
-    if len(parts) == len(order) == 1:
-        return parts[0]
-    vectors = np.empty((len(order), parts[0].vectors.shape[1]), np.float32)
-    vectors[order] = np.concatenate([part.vectors for part in parts])
-    fingerprint = ",".join(sorted({part.fingerprint for part in parts}))
-    infer_ms = max(part.infer_ms for part in parts)  # they run side by side
-    return replace(parts[0], vectors=vectors, fingerprint=fingerprint, infer_ms=infer_ms)
+        return deal(await self._stages.infer(concat(jobs), max(entry.deadline for entry in entries), is_bulk), jobs)
 
 
 async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:

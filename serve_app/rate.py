@@ -1,4 +1,4 @@
-"""How fast a replica works: what it does in a second in which it is never idle."""
+"""How fast work is done: by a replica that is never idle, and by all of them as one who waits for them sees it."""
 
 import math
 import time
@@ -8,6 +8,10 @@ from collections.abc import Callable
 FULL_SHARE = 0.5
 # Each batch moves the rate this far towards its own.
 NEWEST_SHARE = 0.2
+# What took less time says more of the way there and back than of the queue.
+QUEUED_S = 0.25
+# How long what was seen of a queue is believed.
+FRESH_S = 5.0
 
 
 class Rate:
@@ -49,3 +53,30 @@ class Rate:
         (None, None, 50.0)
         """
         return self._cost / self._seconds if self._seconds > 0 else 0.0
+
+
+class Pace:
+    """How fast a queue is worked off: as its last jobs found it, or as the workers say while no job had to wait."""
+
+    def __init__(self) -> None:
+        self.told = 0.0  # work a second, by the workers; 0.0 while nothing is known
+        self._seen = 0.0
+        self._seen_at = -math.inf
+
+    def record(self, cost: int, seconds: float, now: float) -> None:
+        """A job was done so many seconds after it came, when that much work waited, its own included."""
+        if seconds >= QUEUED_S:
+            share = NEWEST_SHARE if now - self._seen_at < FRESH_S else 1.0
+            self._seen += share * (cost / seconds - self._seen)
+            self._seen_at = now
+
+    def wait_s(self, cost: int, now: float) -> float:
+        """In how many seconds so much work will be done; 0.0 where nothing is known.
+
+        >>> pace = Pace()
+        >>> pace.told = 100.0
+        >>> pace.wait_s(50, now=0.0), pace.record(50, seconds=1.0, now=1.0), pace.wait_s(50, now=2.0)
+        (0.5, None, 1.0)
+        """
+        per_s = self._seen if now - self._seen_at < FRESH_S else self.told
+        return cost / per_s if per_s else 0.0

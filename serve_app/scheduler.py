@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from serve_app.errors import CallerGone, DeadlineExceeded
+from serve_app.rate import Pace
 
 # Into how many shares a budget is cut at most: what is smaller than one is not worth a batch of its own.
 SHARES = 64
@@ -81,6 +82,7 @@ class Scheduler(Generic[Job, Result]):
         self.slots = Slots(budget, workers, lanes, full_concurrency)
         self.asked_cost = 0  # of all jobs so far
         self.unfinished_cost = 0  # of those that are not answered, and were not withdrawn
+        self.pace = Pace()
         self._run = run
         # The whole state. Only code on the event loop's thread touches it, and never across an await.
         self._waiting: deque[Entry[Job, Result]] = deque()
@@ -107,6 +109,11 @@ class Scheduler(Generic[Job, Result]):
         """How long the oldest batch has been running; 0.0 while the worker is idle."""
         return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
+    @property
+    def wait_s(self) -> float:
+        """In how long all that is unfinished now will be done, as far as is known."""
+        return self.pace.wait_s(self.unfinished_cost, time.monotonic())
+
     async def submit(self, job: Job, cost: int, deadline: float, is_gone: Callable[[], bool] = lambda: False) -> Result:
         """Queue a job and wait for its answer; cancel this call to withdraw the job.
 
@@ -118,11 +125,16 @@ class Scheduler(Generic[Job, Result]):
         self.waiting_cost += cost
         self.asked_cost += cost
         self.unfinished_cost += cost
+        ahead, is_known = self.unfinished_cost, self.pace.told > 0
         self._dispatch_soon(loop)
         try:
-            return await entry.answer
+            result = await entry.answer
         finally:
             self.unfinished_cost -= cost
+        if is_known:  # else it waited for a worker to be there, which says nothing of how fast that one is
+            now = time.monotonic()
+            self.pace.record(ahead, now - entry.arrived, now)
+        return result
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.

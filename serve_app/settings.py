@@ -64,7 +64,14 @@ class ModelSettings(Frozen):
         ge=64,
         le=1 << 18,
         description="Most tokens in one batch, and most that one call carries. Larger feeds a GPU better (65,536), "
-        "smaller keeps a short text from waiting behind a long list (1,024 are 0.1 to 0.2 s of one core).",
+        "smaller takes less memory (1,024 are 0.1 to 0.2 s of one core).",
+    )
+    bulk_share: float = Field(
+        default=0.1,
+        gt=0,
+        le=0.5,
+        description="Share of the processor that requests of more tokens than one text may have keep while shorter "
+        "ones want all of it; these go first. On a GPU the two take turns.",
     )
 
     @property

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from serve_app.answers import Described, Embedded
+from serve_app.autoscale import asked_of, waiting_for
 from serve_app.discovery import choose
 from serve_app.errors import ModelUnavailable
 from serve_app.packing import Packed, Tokenized
-from serve_app.pipeline import Described, Embedded
+from serve_app.pipeline import Pipeline
 from serve_app.pool import Pool
 
 
@@ -44,6 +46,16 @@ class RemoteStages:
         """The work that the tokenizers have, in characters, and the models, in tokens."""
         return self._tokenizers.load, self._models.load
 
+    def report(self, pipeline: Pipeline) -> dict[str, float]:
+        """For serve_app.autoscale, of each stage: all the work that was ever asked of it, and what is held here."""
+        stats: dict[str, float] = {}
+        for name, load, queues in zip(self.deployments, self.loads, pipeline.queues, strict=True):
+            stats[asked_of(name)] = sum(queue.asked_cost for queue in queues)
+            stats[waiting_for(name)] = max(0, sum(queue.unfinished_cost for queue in queues) - load)
+        if pipeline.served is None:  # what a model serves is learnt from a replica of it, so one is needed
+            stats[waiting_for(self.deployments[1])] += 1
+        return stats
+
     async def describe(self, deadline: float) -> Described:
         """Ask all replicas what they serve, and keep to those that agree; raises ModelUnavailable while none do.
 
@@ -51,27 +63,30 @@ class RemoteStages:
         """
         tokenizers, models = await asyncio.gather(*(found.describe(deadline) for found in self._found))
         if not models and self._described and await self._found[1].are_asleep():
-            return replace(self._described, models=0)
+            return replace(self._described, models=0, tokens_per_s=0.0)
         if not tokenizers or not models:
             raise ModelUnavailable(
                 f"No replica of `{self._name}` is there: it is loading, or failed to load; the server's log says which."
             )
         digests = {digest for digest, _, _ in tokenizers}
-        self._weights = choose([served for served, _ in models if served.tokenizer in digests], self._weights)
+        self._weights = choose([served for served, _, _ in models if served.tokenizer in digests], self._weights)
         if not self._weights:
             raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
-        chosen = [(served, endpoint) for served, endpoint in models if served.weights == self._weights]
+        chosen = [model for model in models if model[0].weights == self._weights]
         served = chosen[0][0]
         matching = [(frame, endpoint) for digest, frame, endpoint in tokenizers if digest == served.tokenizer]
         await asyncio.gather(
-            self._models.update(endpoint for _, endpoint in chosen),
+            self._models.update(endpoint for _, endpoint, _ in chosen),
             self._tokenizers.update(endpoint for _, endpoint in matching),
         )
         if self._digest != served.tokenizer:
             self._digest, self._tokenizer = await self._tokenizers.call("hand_over", None, 0, deadline)
             if self._digest != served.tokenizer:
                 raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
-        self._described = Described(served, matching[0][0], len(matching), len(chosen), self._tokenizer.tokenize)
+        tokens_per_s = sum(rate for _, _, rate in chosen)
+        self._described = Described(
+            served, matching[0][0], len(matching), len(chosen), tokens_per_s, self._tokenizer.tokenize
+        )
         return self._described
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
@@ -79,7 +94,8 @@ class RemoteStages:
         tokenized: Tokenized = await self._tokenizers.call("tokenize", texts, sum(map(len, texts)), deadline)
         return tokenized
 
-    async def infer(self, packed: Packed, deadline: float) -> Embedded:
-        """Vectors of the sequences, in order."""
-        embedded: Embedded = await self._models.call("infer", packed, packed.tokens, deadline)
+    async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:
+        """Vectors of the sequences, in order; as a part of a long request, they let short ones pass."""
+        method = "infer_bulk" if is_bulk else "infer"
+        embedded: Embedded = await self._models.call(method, packed, packed.tokens, deadline)
         return embedded

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from serve_app.answers import Described, Embedded, Served
 from serve_app.errors import EmbeddingError
 from serve_app.packing import Frame, Packed, Tokenized, enclose
-from serve_app.pipeline import Described, Embedded, Served
 
 FRAME = Frame(start_id=101, end_id=102, vocabulary=1000, max_tokens=16)
 
@@ -53,6 +53,7 @@ class HandStages:
         self.tokenizer = "t0k"
         self.descriptions = 0
         self.models = 1
+        self.tokens_per_s = 0.0
         self.weights: list[str] = []  # of the next calls' replicas, where they are not those described
 
     async def describe(self, deadline: float) -> Described:
@@ -60,13 +61,13 @@ class HandStages:
             raise self.failure
         self.descriptions += 1
         described = replace(served(self.model), tokenizer=self.tokenizer)
-        return Described(described, FRAME, tokenizers=1, models=self.models, tokenize=tokenized)
+        return Described(described, FRAME, 1, self.models, tokens_per_s=self.tokens_per_s, tokenize=tokenized)
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         self.texts_by_call.append(len(texts))
         return tokenized(texts)
 
-    async def infer(self, packed: Packed, deadline: float) -> Embedded:
+    async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:
         if self.failure is not None:
             raise self.failure
         self.tokens_by_call.append(packed.tokens)

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["packing", "engines", "engines.torch", "http"])
+@pytest.mark.parametrize("module", ["packing", "engines", "engines.torch", "scope", "threads", "rate", "autoscale"])
 def test_the_examples_in_the_docstrings_hold(module: str) -> None:
     ran = doctest.testmod(importlib.import_module(f"serve_app.{module}"))
     assert ran.attempted > 0 and ran.failed == 0

@@ -10,9 +10,9 @@ import serve_app
 PACKAGE = Path(serve_app.__file__).parent
 # From the leaves up: a file may import only what stands before it.
 ORDER = (
-    "errors", "settings", "autoscale", "rate", "packing", "scheduler", "channel", "pool", "engines.bert",
-    "engines", "engines.openvino", "engines.torch", "engines.sleep", "tokens", "weights", "pipeline", "catalog",
-    "discovery", "stages", "wire", "keys", "http", "deployments", "__main__",
+    "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
+    "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "tokens",
+    "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "deployments", "__main__",
 )  # fmt: skip
 HOMES = {
     "ray": {"deployments"},

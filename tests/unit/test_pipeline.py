@@ -6,10 +6,11 @@ import time
 import numpy as np
 import pytest
 
+from serve_app.answers import Embedded
 from serve_app.catalog import Catalog
-from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, TooManyTokens
+from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, Overloaded, TooManyTokens
 from serve_app.packing import ClientIds, Packed
-from serve_app.pipeline import SHORT_CHARACTERS, Embedded, Pipeline
+from serve_app.pipeline import MAX_HELD_TOKENS, SHORT_CHARACTERS, Answer, Pipeline
 from serve_app.settings import ModelSettings
 from tests.hand import HandStages, vector
 
@@ -111,18 +112,18 @@ async def test_a_text_that_only_tries_it_out_is_not_counted_as_work() -> None:
     shared = pipeline(stages)
     await shared.try_out(FAR)
     assert stages.tokens_by_call == [len("ready?") + 2]
-    assert [scheduler.asked_cost for scheduler in shared.schedulers] == [0, 0]
+    assert [sum(queue.asked_cost for queue in queues) for queues in shared.queues] == [0, 0]
     await shared.embed(["four"], FAR)
-    assert [scheduler.asked_cost for scheduler in shared.schedulers] == [0, 6]
+    assert [sum(queue.asked_cost for queue in queues) for queues in shared.queues] == [0, 6]
 
 
 async def test_a_backlog_is_what_fills_a_call_that_can_not_leave_yet() -> None:
     gate = asyncio.Event()
 
     class Slow(HandStages):
-        async def infer(self, packed: Packed, deadline: float) -> Embedded:
+        async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:
             await gate.wait()
-            return await super().infer(packed, deadline)
+            return await super().infer(packed, deadline, is_bulk)
 
     shared = pipeline(Slow(), batch_tokens=64)
     await shared.discover(FAR)
@@ -172,3 +173,56 @@ async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
     for name in ("Mihaiii/Ivysaur", "ivy"):
         with pytest.raises(ModelNotFound, match=r"all-MiniLM-L6-v2` was loaded in its place .* .setting `sources`"):
             models.find(name)
+
+
+def held(shared: Pipeline, tokens: int, tokens_per_s: float, bulk: bool = False) -> None:
+    """As if so many tokens waited, and the models did so many a second."""
+    queue = shared.queues[1][bulk]
+    queue.unfinished_cost, queue.pace.told = tokens, tokens_per_s
+
+
+async def test_what_would_come_too_late_is_refused_before_any_work_and_says_when_to_come_back() -> None:
+    stages = HandStages()
+    stages.tokens_per_s = 100.0
+    shared = pipeline(stages)
+    await shared.embed(["first"], FAR)
+    held(shared, 1000, 100.0)
+    calls = len(stages.tokens_by_call)
+    with pytest.raises(Overloaded, match=r"takes 10\.0 s, .* within 9\.0 s") as refused:
+        await shared.embed(["too late"], time.monotonic() + 9)
+    assert refused.value.retry_after_s == pytest.approx(1.0, abs=0.1)
+    assert len(stages.tokens_by_call) == calls
+    await shared.embed(["in time"], time.monotonic() + 11)
+
+
+async def test_a_long_list_that_waits_refuses_no_short_text() -> None:
+    stages = HandStages()
+    stages.tokens_per_s = 100.0
+    shared = pipeline(stages)
+    await shared.embed(["first"], FAR)
+    held(shared, 10_000, 100.0, bulk=True)
+    soon = time.monotonic() + 5
+    await shared.embed(["short"], soon)
+    with pytest.raises(Overloaded):
+        await shared.embed(["x" * 70] * 10, soon)
+
+
+async def test_what_is_held_is_bounded_while_nobody_knows_how_long_it_takes() -> None:
+    shared = pipeline(HandStages())
+    await shared.embed(["first"], FAR)
+    held(shared, MAX_HELD_TOKENS + 1, 0.0)
+    with pytest.raises(Overloaded, match=f"the limit is {MAX_HELD_TOKENS}"):
+        await shared.embed(["one more"], FAR)
+
+
+async def test_an_input_without_a_vector_fails_its_own_request_alone() -> None:
+    class Poisoned(HandStages):
+        async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:
+            whole = await super().infer(packed, deadline, is_bulk)
+            bad = np.isin(np.cumsum(packed.lengths) - packed.lengths, np.flatnonzero(packed.ids == ord("!")) - 1)
+            whole.vectors[bad] = np.nan
+            return whole
+
+    shared = pipeline(Poisoned())
+    answers = await asyncio.gather(*(shared.embed([text], FAR) for text in ("a", "!", "b")), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Answer, EngineError, Answer]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve_app.rate import NEWEST_SHARE, Rate
+from serve_app.rate import NEWEST_SHARE, Pace, Rate
 
 
 def test_small_batches_say_nothing_of_a_rate() -> None:
@@ -38,3 +38,16 @@ def test_one_that_was_tried_out_knows_its_rate() -> None:
     rate = Rate(full=10)
     rate.try_out(10, lambda: ran.append(1))
     assert ran == [1] and rate.per_s > 1000
+
+
+def test_a_queue_is_judged_by_what_was_seen_of_it_and_only_while_that_is_fresh() -> None:
+    pace = Pace()
+    assert pace.wait_s(1000, now=0.0) == 0.0, "nothing is known"
+    pace.told = 100.0
+    assert pace.wait_s(1000, now=0.0) == 10.0
+    pace.record(1, seconds=0.01, now=1.0)  # it did not wait
+    assert pace.wait_s(1000, now=1.0) == 10.0
+    for second in range(2, 40):
+        pace.record(500, seconds=10.0, now=float(second))
+    assert pace.wait_s(1000, now=40.0) == pytest.approx(20.0)
+    assert pace.wait_s(1000, now=50.0) == 10.0

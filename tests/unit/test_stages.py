@@ -58,9 +58,9 @@ class Service:
 
     async def start_model(self) -> Listener:
         hand = HandStages()
-        listener = Listener({"infer": hand.infer})
+        listener = Listener({"infer": hand.infer, "infer_bulk": hand.infer})
         self._listeners.append(listener)
-        self.models.replicas = [*self.models.replicas, (served(), await listener.open(HOST))]
+        self.models.replicas = [*self.models.replicas, (served(), await listener.open(HOST), 100.0)]
         return listener
 
     async def stop_models(self, *listeners: Listener) -> None:
@@ -113,7 +113,7 @@ async def test_a_request_waits_for_a_model_that_sleeps_and_is_answered_when_it_w
     assert service.pipeline.is_asleep
     await service.pipeline.try_out(soon())  # wakes nothing, and waits for nothing
 
-    _, inferring = service.pipeline.schedulers
+    _, (inferring, _) = service.pipeline.queues
     asking = asyncio.create_task(service.pipeline.embed(["during"], soon()))
     await turns()
     assert (inferring.unfinished_cost, service.stages.loads) == (len("during") + 2, (0, 0)), "held, at no replica"
@@ -144,13 +144,13 @@ async def test_a_backlog_stays_where_a_new_replica_can_take_it(service: Service)
         await gate.wait()
         return await hand.infer(packed, deadline)
 
-    stuck = Listener({"infer": infer})
+    stuck = Listener({"infer": infer, "infer_bulk": infer})
     service._listeners.append(stuck)
-    service.models.replicas = [(served(), await stuck.open(HOST))]
+    service.models.replicas = [(served(), await stuck.open(HOST), 100.0)]
     await service.pipeline.discover(soon())
     texts = [f"text {number:6}" for number in range(64)]  # 13 tokens each, 4 to a call
     asking = asyncio.create_task(service.pipeline.embed(texts, soon()))
-    _, inferring = service.pipeline.schedulers
+    _, (_, inferring) = service.pipeline.queues
     await turns()
     held = inferring.unfinished_cost - service.stages.loads[1]
     assert held >= 0.8 * inferring.unfinished_cost

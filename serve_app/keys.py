@@ -43,6 +43,7 @@ class Keys:
         # Every stored digest is compared, each in constant time: the time says nothing of the file.
         names = [name for name, digest in self._digests.items() if hmac.compare_digest(digest, sent)]
         if not names:
+            logger.warning(f"refused a key whose SHA-256 begins with {sent.hex()[:12]}")  # says nothing of the key
             raise Unauthenticated("Incorrect API key provided.", key_was_sent=True)
         return names[0]
 
@@ -67,8 +68,11 @@ def _stamp(file: Path) -> tuple[int, int, int]:
 
 
 def read(file: Path) -> dict[str, bytes]:
-    """Name -> digest of every key in the file; raises ValueError naming the line that is not `NAME sha256:HEX`."""
+    """Name -> digest of every key in the file; raises ValueError naming the line that is not `NAME sha256:HEX`, or if
+    others may write the file."""
     try:
+        if file.stat().st_mode & 0o022:
+            raise ValueError(f"keys file {file} can be written by others, who could add keys: `chmod go-w` it")
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"keys file {file} can't be read: {error}") from None

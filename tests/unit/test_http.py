@@ -1,6 +1,7 @@
 """The HTTP face in one process, with stages computed by hand: statuses, headers, error objects, limits, keys, CORS."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -246,6 +247,8 @@ async def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             assert (await http.get(f"/v1/models/{MODEL}", headers=headers)).status_code == status
         assert (await http.get("/healthz")).status_code == (await http.get("/readyz")).status_code == 200
     assert key not in caplog.text
+    refused = [record.message for record in caplog.records if "refused a key" in record.message]
+    assert refused and hashlib.sha256(f"{key}x".encode()).hexdigest()[:12] in refused[-1]
 
 
 async def test_a_browser_may_call_from_the_origins_of_the_settings() -> None:

@@ -83,3 +83,13 @@ def test_a_missing_and_a_wrong_key_are_told_apart(file: Path, key: str | None, w
     with pytest.raises(Unauthenticated) as refused:
         Keys(file).name_of(key)
     assert refused.value.key_was_sent is was_sent
+
+
+@pytest.mark.parametrize("mode", [0o622, 0o620, 0o602])
+def test_a_file_that_others_may_write_is_refused(file: Path, mode: int) -> None:
+    add(file, "me")
+    file.chmod(mode)
+    with pytest.raises(ValueError, match="can be written by others.*chmod go-w"):
+        Keys(file)
+    file.chmod(0o644)
+    Keys(file)

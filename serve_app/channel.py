@@ -36,6 +36,8 @@ SECRET_BYTES = 32
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_USER_TIMEOUT": 10_000}
 # How long a peer may take to show the secret.
 TRUST_TIMEOUT_S = 3.0
+# What every listener answers at once.
+PING = "ping"
 # How long a replica that is leaving may take for the calls that it has; then they are made again at others.
 RETIRE_TIMEOUT_S = 10.0
 
@@ -97,11 +99,15 @@ class _Frames(asyncio.Protocol):
         self.transport.write(HEADER.pack(number, len(payload), is_error) + payload)
 
 
+async def _pong(job: None, deadline: float) -> None:
+    """Says that this replica's loop is turning."""
+
+
 class Listener:
     """Answers the calls of peers that know its secret, each call in a task of its own."""
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
-        self._methods = methods
+        self._methods: dict[str, Method] = {PING: _pong, **methods}
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._server: asyncio.Server | None = None
         self._calls: set[asyncio.Task[None]] = set()
@@ -203,10 +209,25 @@ class Channel(_Frames):
         self._numbers = count()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._is_retired = False
+        self._heard = time.monotonic()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.write(self._endpoint.secret)
+
+    @property
+    def silent_s(self) -> float:
+        """For how long nothing has come from a replica that has calls; 0.0 for one that has none."""
+        return time.monotonic() - self._heard if self._answers else 0.0
+
+    async def is_alive(self, timeout_s: float) -> bool:
+        """Whether the replica answers within this time, whatever it is at."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.call(PING, None, 0, timeout_s)
+        except (TimeoutError, PeerLost):
+            return False
+        return True
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
@@ -216,6 +237,7 @@ class Channel(_Frames):
                 answer.set_exception(PeerLost(f"{self._endpoint} closed the connection"))
 
     def frame_received(self, number: int, payload: bytes, is_error: bool) -> None:
+        self._heard = time.monotonic()
         answer = self._answers.pop(number, None)
         if answer is not None and not answer.done():  # else the caller gave it up
             try:
@@ -238,6 +260,8 @@ class Channel(_Frames):
         if not self.is_open:
             raise PeerLost(f"{self._endpoint} closed the connection")
         number = next(self._numbers)
+        if not self._answers:
+            self._heard = time.monotonic()  # it had nothing to say before
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self.load += cost
         try:

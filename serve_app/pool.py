@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Iterable
+from contextvars import Context
 from typing import Any
 
 from serve_app.channel import Channel, Endpoint, PeerLost
@@ -19,6 +20,8 @@ ATTEMPTS = 3
 # repeats would only double the load.
 REPEATS = 100
 REPEATS_SHARE = 0.1
+# After this long without a sign of life a replica that has calls is asked for one, and given as long to answer.
+SILENT_S = 1.0
 
 
 class Pool:
@@ -30,6 +33,7 @@ class Pool:
         self._channels: dict[Endpoint, Channel] = {}
         self._changed = asyncio.Event()
         self._repeats = float(REPEATS)  # that may still be made
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def load(self) -> int:
@@ -41,6 +45,8 @@ class Pool:
 
         One update at a time.
         """
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch(), context=Context())
         wanted = set(endpoints)
         for endpoint in self._channels.keys() - wanted:
             self._channels.pop(endpoint).retire()
@@ -51,6 +57,19 @@ class Pool:
         if channel := await _connect(endpoint):
             self._channels[endpoint] = channel
             self._changed.set()
+
+    async def _watch(self) -> None:
+        """Drop replicas that are there and do nothing, as a stopped process or a host that was cut off: their calls are
+        made again at others. Where no other is known to live, they are waited for."""
+        while True:
+            await asyncio.sleep(SILENT_S / 2)
+            silent = [channel for channel in self._channels.values() if channel.silent_s > SILENT_S]
+            alive = await asyncio.gather(*(channel.is_alive(SILENT_S) for channel in silent))
+            dead = [channel for channel, lives in zip(silent, alive, strict=True) if not lives]
+            if any(each.is_open and each.silent_s <= SILENT_S for each in self._channels.values()):
+                for channel in dead:
+                    logger.warning(f"a replica of {self._name} has been silent for {channel.silent_s:.1f} s")
+                    channel.transport.abort()
 
     async def call(self, method: str, job: Any, cost: int, deadline: float) -> Any:
         """The answer of a replica; raises DeadlineExceeded, ModelUnavailable, or the replica's own EmbeddingError."""

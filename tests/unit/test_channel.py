@@ -59,6 +59,11 @@ class Process:
         """What can be sent and not read: a class that the caller does not have, say."""
         return Unreadable()
 
+    def freeze(self) -> None:
+        """As when a process is stopped: its connections stay, and it reads nothing."""
+        for peer in self.listener.peers:
+            peer.pause_reading()
+
     def die(self) -> None:
         """As when a process ends: the system closes its connections."""
         for peer in self.listener.peers:
@@ -169,6 +174,37 @@ async def test_repeats_end_where_most_calls_need_one(service: Service, monkeypat
     replica.die()
     done = await asyncio.gather(*calls, return_exceptions=True)
     assert sorted(type(each).__name__ for each in done) == ["ModelUnavailable"] * 3 + ["int"] * 2
+
+
+async def test_calls_of_a_replica_that_falls_silent_are_made_again_at_another(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SILENT_S", 0.05)
+    [frozen, other], [first, second] = await service.start(2)
+    await service.pool.update([first])
+    calls = [asyncio.ensure_future(service.pool.call("wait", number, 1, soon())) for number in range(20)]
+    await frozen.arrived.wait()
+    frozen.freeze()
+    await asyncio.sleep(0.3)  # no other is known to live, so it is waited for
+    assert not any(call.done() for call in calls)
+    other.gate.set()
+    await service.pool.update([first, second])
+    assert await asyncio.gather(*calls) == list(range(20))
+
+
+async def test_a_replica_that_takes_long_is_not_taken_for_a_silent_one(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SILENT_S", 0.05)
+    [busy, other], [first, second] = await service.start(2)
+    await service.pool.update([first])
+    call = asyncio.ensure_future(service.pool.call("wait", "long", 1, soon()))
+    await busy.arrived.wait()
+    await service.pool.update([first, second])
+    await asyncio.sleep(0.3)
+    busy.gate.set()
+    assert await call == "long"
+    assert busy.asked == ["long"] and other.asked == []
 
 
 async def test_a_call_waits_for_a_replica_to_come(service: Service) -> None:

@@ -89,7 +89,7 @@ def test_a_missing_and_a_wrong_key_are_told_apart(file: Path, key: str | None, w
 def test_a_file_that_others_may_write_is_refused(file: Path, mode: int) -> None:
     add(file, "me")
     file.chmod(mode)
-    with pytest.raises(ValueError, match="can be written by others.*chmod go-w"):
+    with pytest.raises(ValueError, match=r"can be written by others, .*chmod go-w"):
         Keys(file)
     file.chmod(0o644)
     Keys(file)

@@ -1,0 +1,98 @@
+"""Rolling updates of the real service under load: no request fails, and no answer mixes two models."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from tests.model import MODEL
+from tests.service.conftest import Keeper, get
+
+pytestmark = pytest.mark.service
+
+CLIENTS = 4
+TEXTS = ["red shoes", "how long does red wine keep in the fridge", "tax return"]
+UPDATE_TIMEOUT_S = 180.0
+
+
+def two_of_each(config: dict[str, Any]) -> None:
+    """Two replicas of every deployment, so that one can be replaced while the other works."""
+    [application] = config["applications"]
+    application["args"]["models"] = [{"id": "Mihaiii/Ivysaur", "sources": ["embedded"]}]
+    for deployment in application["deployments"]:
+        del deployment["autoscaling_config"]
+        deployment |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}
+
+
+def other_settings(application: dict[str, Any]) -> None:
+    application["args"]["models"][0]["batch_tokens"] = 512
+
+
+def other_code(application: dict[str, Any]) -> None:
+    application["runtime_env"]["env_vars"]["OTHER_CODE"] = "1"  # to Serve, code is what the runtime_env brings
+
+
+def other_model(application: dict[str, Any]) -> None:
+    application["args"]["models"][0]["normalize"] = False  # other vectors for every text
+
+
+async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
+    service = keeper.get(two_of_each)
+    config = yaml.safe_load(service.log.with_name("serve_config.yaml").read_text())
+    answers: list[httpx.Response] = []
+    done = asyncio.Event()
+
+    async def ask(http: httpx.AsyncClient) -> None:
+        while not done.is_set():
+            answers.append(await http.post("/v1/embeddings", json={"model": MODEL, "input": TEXTS}))
+
+    async def update(change: Callable[[dict[str, Any]], None]) -> None:
+        before = deployed_at()
+        change(config["applications"][0])
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(file)]
+        ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        async with asyncio.timeout(UPDATE_TIMEOUT_S):
+            while deployed_at() == before or application()["status"] != "RUNNING":  # noqa: ASYNC110  # asks a process
+                await asyncio.sleep(0.5)
+
+    def application() -> dict[str, Any]:
+        command = [str(Path(sys.executable).with_name("serve")), "status", "--name", "embeddings"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        found: dict[str, Any] = yaml.safe_load(ran.stdout)
+        return found
+
+    def deployed_at() -> float:
+        return float(application()["last_deployed_time_s"])
+
+    limits = httpx.Limits(max_connections=CLIENTS)
+    async with httpx.AsyncClient(base_url=service.url, timeout=70, limits=limits) as http, asyncio.TaskGroup() as load:
+        for _ in range(CLIENTS):
+            load.create_task(ask(http))
+        for change in (other_settings, other_code, other_model):
+            known = len(answers)
+            await update(change)
+            assert len(answers) > known, "nobody asked meanwhile"
+        done.set()
+
+    failed = [f"{answer.status_code} {answer.text[:200]}" for answer in answers if answer.status_code != 200]
+    assert failed == [], f"{len(failed)} of {len(answers)}"
+    lengths = np.array(
+        [[np.linalg.norm(item["embedding"]) for item in answer.json()["data"]] for answer in answers], np.float32
+    )
+    is_unit = np.isclose(lengths, 1.0, atol=1e-3)
+    assert (is_unit.all(axis=1) | ~is_unit.any(axis=1)).all(), "an answer of two models"
+    assert is_unit[0].all() and not is_unit[-1].any()
+    fingerprints = {answer.headers["x-model-fingerprint"] for answer in answers}
+    assert len(fingerprints) == 2, fingerprints
+    assert b"READY" in service.log.read_bytes() and get(f"{service.url}/readyz")
+    print(f"{len(answers)} requests during three updates, none failed")

@@ -68,7 +68,7 @@ def running(nodes: int, cpus: int) -> Iterator[str]:
             cluster.add_node(num_cpus=cpus, resources={f"node-{number}": 1})
         yield cluster.address
     finally:
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def serve(file: Path, address: str, stopping: list[int]) -> int:

@@ -113,10 +113,6 @@ class Listener:
         self._calls: set[asyncio.Task[None]] = set()
         self.peers: set[asyncio.Transport] = set()
 
-    @property
-    def ongoing_calls(self) -> int:
-        return len(self._calls)
-
     async def open(self, host: str) -> Endpoint:
         """Listen on a free port of this address."""
         self._server = await asyncio.get_running_loop().create_server(lambda: _Answering(self), host, 0)

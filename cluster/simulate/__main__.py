@@ -111,9 +111,9 @@ def _load(options: argparse.Namespace, costs: Costs) -> tuple[Arrivals, str]:
 def _defaults(load: Arrivals, costs: Costs, scaling: AutoscalingConfig, seed: int) -> list[Run]:
     """Serve's default policy with its own delays, and with ours; a replica's full batch in progress is its target."""
     ongoing = max(1.0, costs.batch_tokens / float(load.tokens.mean()))
-    bounds = {"min_replicas": scaling.min_replicas, "max_replicas": scaling.max_replicas}
+    least, most = scaling.min_replicas, scaling.max_replicas
     ours = scaling.model_copy(update={"target_ongoing_requests": ongoing})
-    theirs = AutoscalingConfig(**bounds, target_ongoing_requests=ongoing)
+    theirs = AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=ongoing)
     return [
         replay("Serve's default", load, costs, serves_default, theirs, seed),
         replay("Serve's default, same delays", load, costs, serves_default, ours, seed),

@@ -121,10 +121,9 @@ class Controller:
                     max(0, scaled), self.target, self._config, self._delays, _now=service.now
                 )
             self.target = min(max(scaled, self._config.min_replicas), self._config.max_replicas)
-        for _ in range(self.target - len(service.replicas) - len(service.starting)):
-            service.start()
-        for _ in range(len(service.replicas) + len(service.starting) - self.target):
-            service.stop()
+        lacking = self.target - len(service.replicas) - len(service.starting)
+        for act in [service.start] * lacking + [service.stop] * -lacking:
+            act()
 
     def _watch(self, _: None) -> None:
         service, timeline = self._service, self.timeline

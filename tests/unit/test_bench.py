@@ -186,7 +186,6 @@ def test_a_spread_is_shown_where_there_is_one() -> None:
     assert report.spread(Stat(2.0, 2.0, 2.0)) == "2" and report.spread(None) == "-"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the plot is of `make bench`")
 def test_the_plot_is_drawn_of_whatever_was_measured(tmp_path: Path) -> None:
     from loadtest import plot
 

@@ -1,6 +1,5 @@
 """The simulator's laws: no request is lost, work is conserved, the same seed gives the same run; and times by hand."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +165,6 @@ def test_turns_are_counted() -> None:
     assert Timeline(target=[2, 2]).turns() == 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="pictures are of the extra `bench`")
 def test_pictures_are_written(tmp_path: Path) -> None:
     from cluster.simulate.plot import draw, draw_sweep
 

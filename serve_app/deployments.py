@@ -43,12 +43,11 @@ from serve_app.threads import background
 logger = logging.getLogger("ray.serve")
 Queue = Scheduler[Packed, Embedded]
 
-# A batch is some hundred milliseconds of work: an engine at the same one for this long hangs.
-ENGINE_STALL_S = 30.0
-# Characters that are tokenized in under a millisecond, which is not worth a thread.
-INLINE_CHARACTERS = 2_000
+ENGINE_STALL_S = 30.0  # at one batch, which is some hundred milliseconds of work: the engine hangs
+# Characters that are tokenized in under a millisecond, which is not worth a thread; and those of one text at most.
+INLINE_CHARACTERS, TEXT_CHARACTERS = 2_000, 8_192
 # What a tokenizer tries itself out with: texts of this kind, as many as make a full call.
-TYPICAL_TEXT = "how long does red wine keep once the bottle is open"
+TYPICAL_TEXTS = ["how long does red wine keep once the bottle is open"] * (CALL_CHARACTERS // 51)
 # States in which a deployment without a replica may have meant to have none, and for how long that is believed.
 SOUND = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 ASLEEP_S = 10.0
@@ -67,9 +66,9 @@ class Tokenizer:
         self._tokenizer = TextTokenizer(found.folder, found.max_tokens, found.lowercase)
         if (known := self._tokenizer.frame.vocabulary) > found.vocabulary:
             raise WeightsError(f"{found.folder}: the tokenizer has {known} tokens, the model {found.vocabulary}")
-        texts = [TYPICAL_TEXT] * (CALL_CHARACTERS // len(TYPICAL_TEXT))
+        self._threads = background(max(1, _cpus()), settings.bulk_share)
         self._waiting_characters, self._rate = 0, Rate(CALL_CHARACTERS)
-        self._rate.try_out(CALL_CHARACTERS, lambda: self._tokenizer.tokenize(texts))
+        self._rate.try_out(CALL_CHARACTERS, lambda: self._tokenizer.tokenize(TYPICAL_TEXTS))
         self._listener = Listener({"tokenize": self.tokenize, "hand_over": self.hand_over})
         self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
 
@@ -81,7 +80,8 @@ class Tokenizer:
         self._waiting_characters += characters
         started = time.perf_counter()
         try:
-            return await asyncio.to_thread(self._tokenizer.tokenize, texts)
+            threads = self._threads if characters > TEXT_CHARACTERS else None
+            return await asyncio.get_running_loop().run_in_executor(threads, self._tokenizer.tokenize, texts)
         finally:
             self._waiting_characters -= characters
             self._rate.record(characters, started, time.perf_counter())

@@ -1,5 +1,6 @@
 """Text to token ids, with the model's own tokenizer; the only file that knows the `tokenizers` library."""
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -18,6 +19,9 @@ CHARACTERS_A_TOKEN = 16
 # word of over 100 characters is unknown whatever it is (`max_input_chars_per_word` of BERT's WordPiece).
 LONG_RUN = re.compile(r"([ \t\r\n])[ \t\r\n]+|([A-Za-z0-9]{200})[A-Za-z0-9]+")
 CUT_REACH_TOKENS = 8  # [MASK] cut in two is five tokens at most
+# The library's own threads would take all cores for one list, from whoever else wants them; calls side by side do, too,
+# but in threads whose niceness is ours.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Tokenizer:

@@ -1,0 +1,216 @@
+"""The service on several Ray nodes of this machine, with what it takes to break it and to see whether it is whole.
+
+Only processes of this cluster are ever signalled: children of the raylets that were started here, and HAProxy by the
+folder in its environment.
+"""
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from ray.cluster_utils import Cluster
+
+from cluster import local
+from loadtest.meter import ray_role
+from serve_app.__main__ import HAPROXY_PORTS, NODE_ENVIRONMENT
+
+NODES = 3  # beside the head
+# Of each deployment, always. What one node carries the two others can carry, too.
+REPLICAS = {"Ingress": 2, "Tokenizer": 2, "Model": 4}
+CPUS_A_NODE = 3
+# Shorter than the service's own default, so that a request which waits past it is seen.
+REQUEST_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 120.0
+POLL_PERIOD_S = 0.5
+# Of these there may be more or fewer at any time.
+UNCOUNTED = ("other", "dashboard and agents")
+ASK_TIMEOUT_S = 3.0
+
+
+def config(port: int) -> dict[str, Any]:
+    """serve_config.yaml for this cluster, on free ports: sleeping models, and a fixed number of each replica."""
+    written = local.config(NODES, models_a_node=2)
+    written["http_options"] = {"host": "127.0.0.1", "port": port}
+    environment = {name: str(free_port()) for name in HAPROXY_PORTS}
+    written["controller_options"]["runtime_env"]["env_vars"] |= environment
+    [application] = written["applications"]
+    application["runtime_env"]["env_vars"] |= environment
+    application["args"]["request_timeout_s"] = REQUEST_TIMEOUT_S
+    for deployment in application["deployments"]:
+        kind = deployment["name"].partition("-")[0]
+        deployment.pop("max_replicas_per_node", None)
+        deployment["autoscaling_config"] |= {"min_replicas": REPLICAS[kind], "max_replicas": REPLICAS[kind]}
+        if kind == "Tokenizer":  # anywhere but on the head, which has no CPU
+            deployment["ray_actor_options"] = {"num_cpus": 0.1}
+    return written
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Service:
+    """The running service."""
+
+    def __init__(self, cluster: Cluster, folder: Path, url: str, dashboard: str, has_redis: bool) -> None:
+        self.cluster = cluster
+        self.url = url
+        self.has_redis = has_redis
+        self._folder = folder
+        self._dashboard = dashboard
+        self._http = httpx.AsyncClient(timeout=ASK_TIMEOUT_S)
+        self._whole: Counter[str] = Counter()  # processes by role while nothing is broken
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    def processes(self) -> dict[psutil.Process, str]:
+        """Every worker and HAProxy of this cluster, with its role, those first that have run for longest."""
+        found: dict[psutil.Process, str] = {}
+        for node in self.cluster.list_all_nodes():
+            found |= dict.fromkeys(workers_of(node), "")
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name() == "haproxy" and process.environ().get("RAY_TMPDIR") == str(self._folder):
+                    found[process] = ""
+        for process in list(found):
+            try:
+                found[process] = ray_role(" ".join(process.cmdline()))
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    del found[process]
+            except psutil.Error:  # it ended meanwhile
+                del found[process]
+        return dict(sorted(found.items(), key=lambda item: item[0].create_time()))
+
+    def oldest(self, role: str) -> psutil.Process:
+        """Who of a role has run for longest: killed again and again, each has its turn."""
+        return next(process for process, its in self.processes().items() if its == role)
+
+    async def state(self) -> dict[str, Any]:
+        """The application in Serve's own account; empty while nobody tells."""
+        try:
+            answer = await self._http.get(f"{self._dashboard}/api/serve/applications/")
+            found: dict[str, Any] = answer.json()["applications"]["embeddings"]
+            return found
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return {}
+
+    async def is_whole(self, gone: Iterable[int] = ()) -> bool:
+        """Whether every replica and every other process is there again, without those process ids."""
+        state = await self.state()
+        if state.get("status") != "RUNNING":
+            return False
+        for name, deployment in state["deployments"].items():
+            running = [each["pid"] for each in deployment["replicas"] if each["state"] == "RUNNING"]
+            if len(running) < REPLICAS[name.partition("-")[0]] or not set(running).isdisjoint(gone):
+                return False
+        here = Counter(role for process, role in self.processes().items() if process.pid not in gone)
+        self._whole = self._whole or here
+        return all(here[role] >= count for role, count in self._whole.items() if role not in UNCOUNTED)
+
+    async def wait(self) -> None:
+        """Until all replicas are there and embed; raises TimeoutError."""
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not await self.is_whole() or not await self._embeds():
+                self._whole.clear()
+                await asyncio.sleep(POLL_PERIOD_S)
+
+    async def _embeds(self) -> bool:
+        try:
+            return (await self._http.get(f"{self.url}/readyz")).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def add_node(self) -> None:
+        """A further node, as large as the others."""
+        await asyncio.to_thread(self.cluster.add_node, num_cpus=CPUS_A_NODE)
+
+    async def deploy(self, written: dict[str, Any]) -> None:
+        """Hand the configuration to Serve."""
+        answer = await self._http.put(f"{self._dashboard}/api/serve/applications/", json=written, timeout=60)
+        answer.raise_for_status()
+
+
+def workers_of(node: Any) -> list[psutil.Process]:
+    """The processes of a Ray node below its raylet."""
+    [raylet] = node.all_processes["raylet"]
+    try:
+        return psutil.Process(raylet.process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Service]:
+    """The service on a cluster of its own, with Redis behind its head if that is installed; nothing of it is left."""
+    # A short path, as sockets' must be; and nobody else's Ray finds this cluster by Ray's own note of it.
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
+    os.environ.pop("RAY_ADDRESS", None)
+    # This process's own interpreter path reaches the workers, so that they run the same tree.
+    os.environ |= NODE_ENVIRONMENT | {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(local.ROOT), "HF_HUB_OFFLINE": "1"}
+    (folder / "ray").mkdir()
+    redis = _start_redis(folder)
+    cluster, left = None, set[psutil.Process]()
+    try:
+        port, dashboard_port = free_port(), free_port()
+        head = {"num_cpus": 0, "resources": {"head": 1}, "include_dashboard": True, "dashboard_port": dashboard_port}
+        cluster = await asyncio.to_thread(Cluster, initialize_head=True, head_node_args=head)
+        service = Service(
+            cluster, folder, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", redis is not None
+        )
+        for _ in range(NODES):
+            await service.add_node()
+        await service.deploy(config(port))
+        await service.wait()
+        yield service
+        await service.close()
+    finally:
+        if cluster is not None:
+            left = _family(cluster, folder)
+            await asyncio.to_thread(cluster.shutdown)
+        for process in left:
+            with suppress(psutil.Error):  # psutil knows a process by its start, so a reused id is spared
+                process.kill()
+        if redis is not None:
+            redis.kill()
+            redis.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _family(cluster: Cluster, folder: Path) -> set[psutil.Process]:
+    """All processes of a cluster."""
+    service = Service(cluster, folder, "", "", False)
+    return set(service.processes())
+
+
+def _start_redis(folder: Path) -> "subprocess.Popen[bytes] | None":
+    """A Redis behind the head, which so finds what it knew after it was killed; None where it is not installed."""
+    program = shutil.which("redis-server")
+    if program is None:
+        return None
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL, start_new_session=True)
+    os.environ["RAY_REDIS_ADDRESS"] = f"127.0.0.1:{port}"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return process
+        time.sleep(0.05)
+    process.kill()
+    sys.exit("redis-server did not start")

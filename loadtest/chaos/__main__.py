@@ -4,7 +4,6 @@ Ends with status 1 where a promise was not kept.
 """
 
 import argparse
-import asyncio
 import itertools
 import math
 import shlex
@@ -28,32 +27,32 @@ RECOVERY_TIMEOUT_S = 100.0
 AFTER_S = 1.0
 
 
-async def once(fault: Fault, service: Service, load: Load, usual_s: float) -> float:
+def once(fault: Fault, service: Service, load: Load, usual_s: float) -> float:
     """Do a fault once, and wait until all is as before; seconds from the one to the other, infinite if it never is."""
     started = time.monotonic()
-    gone = await fault.act(service)
+    gone = fault.act(service)
     whole_s = math.inf
     while time.monotonic() - started < RECOVERY_TIMEOUT_S:
-        await asyncio.sleep(POLL_PERIOD_S)
-        if math.isinf(whole_s) and await service.is_whole(gone):
+        time.sleep(POLL_PERIOD_S)
+        if math.isinf(whole_s) and service.is_whole(gone):
             whole_s = time.monotonic() - started
         window = time.monotonic() - WINDOW_S
         if math.isfinite(whole_s) and window > started and is_normal(load.since(window), load.waiting_s(), usual_s):
-            await asyncio.sleep(AFTER_S)
+            time.sleep(AFTER_S)
             return max(whole_s, window - started)
     return math.inf
 
 
-async def run(faults: list[Fault], repeat: int, rate: float, short: bool) -> tuple[str, bool]:
+def run(faults: list[Fault], repeat: int, rate: float, short: bool) -> tuple[str, bool]:
     """One fault after another; the table, and whether all promises were kept."""
     bounds: list[float] = []  # when each fault's requests begin; and when the last one's end
     recovered: list[tuple[float, ...]] = []
     skipped: dict[str, str] = {}
     done: list[str] = []
-    async with running() as service:
+    with running() as service:
         print(f"chaos: {service.url} runs, {rate:g} requests/s", flush=True)
-        async with Load(service.url, rate) as load:
-            await asyncio.sleep(WARM_UP_S + CALM_S)
+        with Load(service.url, rate) as load:
+            time.sleep(WARM_UP_S + CALM_S)
             calm = load.since(time.monotonic() - CALM_S)
             usual_s = limit_s(calm)
             print(f"chaos: usual is a p99 of up to {usual_s:.2f} s", flush=True)
@@ -64,7 +63,7 @@ async def run(faults: list[Fault], repeat: int, rate: float, short: bool) -> tup
                 bounds.append(time.monotonic())
                 times = []
                 for _ in range(1 if short else fault.a_round * repeat):
-                    times.append(await once(fault, service, load, usual_s))
+                    times.append(once(fault, service, load, usual_s))
                     print(f"chaos: {fault.name}: recovered after {times[-1]:.1f} s", flush=True)
                 done.append(fault.name)
                 recovered.append(tuple(times))
@@ -91,7 +90,7 @@ def main() -> int:
     parser.add_argument("--append", action="store_true", help="keep the runs that the file holds")
     options = parser.parse_args()
     names = options.faults or (SHORT if options.short else FAULTS)
-    found, kept = asyncio.run(run([FAULTS[name] for name in names], options.repeat, options.rate, options.short))
+    found, kept = run([FAULTS[name] for name in names], options.repeat, options.rate, options.short)
     command = shlex.join(["python", "-m", "loadtest.chaos", *sys.argv[1:]])
     section = f"\n## {date.today()}: `{command}`\n\n{table.machine()}.\n\n{found}\n"
     print(section)

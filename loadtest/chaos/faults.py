@@ -3,19 +3,19 @@
 Each function breaks one thing, once, and returns the ids of the processes that have to be replaced.
 """
 
-import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
 from loadtest.chaos.service import POLL_PERIOD_S, REPLICAS, REQUEST_TIMEOUT_S, Service, workers_of
 from loadtest.chaos.tally import Promise
 
-Act = Callable[[Service], Awaitable[set[int]]]
+Act = Callable[[Service], set[int]]
 
 # How long the head is away, and how long a stopped process may stay: until it was replaced, or so long.
 HEAD_DOWN_S = 5.0
@@ -69,7 +69,7 @@ def kill(processes: Iterable[psutil.Process]) -> set[int]:
     Promise("0 failed: what it had is sent to another", within_s=30, longest_s=REQUEST_TIMEOUT_S),
     a_round=REPLICAS["Model"],
 )
-async def kill_model(service: Service) -> set[int]:
+def kill_model(service: Service) -> set[int]:
     return kill([service.oldest("model")])
 
 
@@ -79,7 +79,7 @@ async def kill_model(service: Service) -> set[int]:
     Promise("0 failed: what it had is sent to another", within_s=45, longest_s=REQUEST_TIMEOUT_S),
     a_round=REPLICAS["Tokenizer"],
 )
-async def kill_tokenizer(service: Service) -> set[int]:
+def kill_tokenizer(service: Service) -> set[int]:
     return kill([service.oldest("tokenizer")])
 
 
@@ -94,7 +94,7 @@ async def kill_tokenizer(service: Service) -> set[int]:
     ),
     a_round=REPLICAS["Ingress"],
 )
-async def kill_ingress(service: Service) -> set[int]:
+def kill_ingress(service: Service) -> set[int]:
     return kill([service.oldest("ingress")])
 
 
@@ -109,7 +109,7 @@ async def kill_ingress(service: Service) -> set[int]:
         surfaced=10_000,
     ),
 )
-async def kill_haproxy(service: Service) -> set[int]:
+def kill_haproxy(service: Service) -> set[int]:
     return kill([service.oldest("haproxy")])
 
 
@@ -118,7 +118,7 @@ async def kill_haproxy(service: Service) -> set[int]:
     "`kill -9` of Serve's controller",
     Promise("0 failed: it is on no request's way", within_s=60, longest_s=REQUEST_TIMEOUT_S),
 )
-async def kill_controller(service: Service) -> set[int]:
+def kill_controller(service: Service) -> set[int]:
     return kill([service.oldest("controller")])
 
 
@@ -127,7 +127,7 @@ async def kill_controller(service: Service) -> set[int]:
     "`kill -9` of the actor that keeps HAProxy",
     Promise("0 failed: HAProxy goes on without it", within_s=60, longest_s=REQUEST_TIMEOUT_S),
 )
-async def kill_proxy_manager(service: Service) -> set[int]:
+def kill_proxy_manager(service: Service) -> set[int]:
     return kill([service.oldest("proxy manager")])
 
 
@@ -136,15 +136,15 @@ async def kill_proxy_manager(service: Service) -> set[int]:
     "`kill -9` of a node's raylet and all its workers at once; then a new node joins",
     Promise("0 failed: other nodes have replicas of each kind", within_s=90, longest_s=REQUEST_TIMEOUT_S),
 )
-async def kill_node(service: Service) -> set[int]:
+def kill_node(service: Service) -> set[int]:
     # One that has models, or there would be nothing to lose.
     model = service.oldest("model")
     node = next(node for node in service.cluster.worker_nodes if model in workers_of(node))
     workers = workers_of(node)
     [raylet] = node.all_processes["raylet"]
     gone = kill([psutil.Process(raylet.process.pid), *workers])
-    await asyncio.to_thread(service.cluster.remove_node, node, allow_graceful=False)
-    await service.add_node()
+    service.cluster.remove_node(node, allow_graceful=False)
+    service.add_node()
     return gone
 
 
@@ -154,12 +154,28 @@ async def kill_node(service: Service) -> set[int]:
     Promise("0 failed: it is on no request's way", within_s=60, longest_s=REQUEST_TIMEOUT_S),
     needs_redis=True,
 )
-async def kill_head(service: Service) -> set[int]:
-    head = service.cluster.head_node
-    await asyncio.to_thread(head.kill_gcs_server)
-    await asyncio.sleep(HEAD_DOWN_S)
-    await asyncio.to_thread(head.start_gcs_server)
-    return set()
+def kill_head(service: Service) -> set[int]:
+    return without_head(service, set)
+
+
+@fault(
+    "head-model",
+    "the same, and `kill -9` of a model replica while the head is away",
+    Promise("0 failed, and the replica is replaced once the head is back", within_s=90, longest_s=REQUEST_TIMEOUT_S),
+    needs_redis=True,
+)
+def kill_head_and_model(service: Service) -> set[int]:
+    return without_head(service, lambda: kill_model(service))
+
+
+def without_head(service: Service, act: Callable[[], set[int]]) -> set[int]:
+    """Do something while the head's GCS is away."""
+    head: Any = service.cluster.head_node
+    head.kill_gcs_server()  # with SIGKILL
+    gone = act()
+    time.sleep(HEAD_DOWN_S)
+    head.start_gcs_server()
+    return gone
 
 
 @fault(
@@ -171,8 +187,8 @@ async def kill_head(service: Service) -> set[int]:
         longest_s=REQUEST_TIMEOUT_S + LATE_S,
     ),
 )
-async def stop_model(service: Service) -> set[int]:
-    return await stopped(service, service.oldest("model"), STOPPED_S)
+def stop_model(service: Service) -> set[int]:
+    return stopped(service, service.oldest("model"), STOPPED_S)
 
 
 @fault(
@@ -184,17 +200,17 @@ async def stop_model(service: Service) -> set[int]:
         longest_s=REQUEST_TIMEOUT_S + LATE_S,
     ),
 )
-async def stop_tokenizer(service: Service) -> set[int]:
-    return await stopped(service, service.oldest("tokenizer"), STOPPED_TOKENIZER_S)
+def stop_tokenizer(service: Service) -> set[int]:
+    return stopped(service, service.oldest("tokenizer"), STOPPED_TOKENIZER_S)
 
 
-async def stopped(service: Service, process: psutil.Process, most_s: float) -> set[int]:
+def stopped(service: Service, process: psutil.Process, most_s: float) -> set[int]:
     """Stop a process until the service does without it; it goes on after `most_s` if it is still wanted then."""
     until = time.monotonic() + most_s
     os.kill(process.pid, signal.SIGSTOP)
     while time.monotonic() < until:
-        await asyncio.sleep(POLL_PERIOD_S)
-        if not process.is_running() or await service.is_whole({process.pid}):
+        time.sleep(POLL_PERIOD_S)
+        if not process.is_running() or service.is_whole({process.pid}):
             kill([process])
             return {process.pid}
     process.resume()

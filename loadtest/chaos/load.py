@@ -5,7 +5,9 @@ stalls hides none of those that would have come meanwhile.
 """
 
 import asyncio
+import functools
 import itertools
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from random import Random
@@ -35,6 +37,7 @@ ANSWER_TIMEOUT_S = 60.0
 Result = tuple[Outcome, str]
 
 
+@functools.cache
 def known_vectors() -> dict[str, Vector]:
     """What the sleeping engine answers to each text of the load, computed here."""
     engine = SleepEngine(network())
@@ -49,37 +52,48 @@ def texts_of(number: int, source: Random) -> list[str]:
 
 
 class Load:
-    """`async with Load(url, rate):` sends so many requests a second while the block runs, and waits for the answers."""
+    """`with Load(url, rate):` sends so many requests a second while the block runs, and waits for the answers.
+
+    From a thread of its own: whoever breaks the service meanwhile may block. That thread alone changes what is kept
+    here; others only read it, each list and dictionary in one step.
+    """
 
     def __init__(self, url: str, rate: float) -> None:
         self.records: list[Record] = []
         self._waiting: dict[asyncio.Task[None], float] = {}  # a request -> when it was due
         self._known = known_vectors()
+        self._url = url
         self._rate = rate
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._raw = httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S, limits=limits)
-        self._openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+        self._is_over = False
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load")
 
-    async def __aenter__(self) -> "Load":
-        self._sending = asyncio.create_task(self._send())
+    def __enter__(self) -> "Load":
+        self._thread.start()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._sending.cancel()
-        await asyncio.gather(*self._waiting, return_exceptions=True)
-        await self._raw.aclose()
-        await self._openai.close()
+        self._is_over = True
+        self._thread.join()
 
     def since(self, start_s: float) -> list[Record]:
         """The requests with an answer that were due since then."""
-        return [each for each in self.records if each.due_s >= start_s]
+        return [each for each in self.records.copy() if each.due_s >= start_s]
 
     def waiting_s(self) -> list[float]:
         """For how long each of those without an answer has been waited for."""
         now = time.monotonic()
-        return [now - due_s for due_s in self._waiting.values()]
+        return [now - due_s for due_s in list(self._waiting.values())]
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with (
+            httpx.AsyncClient(base_url=self._url, timeout=ANSWER_TIMEOUT_S, limits=limits) as self._raw,
+            openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none") as self._openai,
+        ):
+            await self._send()
+            await asyncio.gather(*self._waiting)
 
     async def _send(self) -> None:
         source = Random(SEED)
@@ -87,6 +101,8 @@ class Load:
         for number in itertools.count():
             due_s = begun + number / self._rate
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            if self._is_over:
+                return
             client: Client = "openai" if number % OPENAI_EVERY == OPENAI_EVERY - 1 else "raw"
             task = asyncio.create_task(self._ask(client, texts_of(number, source), due_s))
             self._waiting[task] = due_s

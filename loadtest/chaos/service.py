@@ -4,7 +4,6 @@ Only processes of this cluster are ever signalled: children of the raylets that 
 folder in its environment.
 """
 
-import asyncio
 import os
 import shutil
 import socket
@@ -13,8 +12,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,46 +72,32 @@ class Service:
         self.has_redis = has_redis
         self._folder = folder
         self._dashboard = dashboard
-        self._http = httpx.AsyncClient(timeout=ASK_TIMEOUT_S)
+        self._http = httpx.Client(timeout=ASK_TIMEOUT_S)
         self._whole: Counter[str] = Counter()  # processes by role while nothing is broken
 
-    async def close(self) -> None:
-        await self._http.aclose()
+    def close(self) -> None:
+        self._http.close()
 
     def processes(self) -> dict[psutil.Process, str]:
         """Every worker and HAProxy of this cluster, with its role, those first that have run for longest."""
-        found: dict[psutil.Process, str] = {}
-        for node in self.cluster.list_all_nodes():
-            found |= dict.fromkeys(workers_of(node), "")
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.name() == "haproxy" and process.environ().get("RAY_TMPDIR") == str(self._folder):
-                    found[process] = ""
-        for process in list(found):
-            try:
-                found[process] = ray_role(" ".join(process.cmdline()))
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    del found[process]
-            except psutil.Error:  # it ended meanwhile
-                del found[process]
-        return dict(sorted(found.items(), key=lambda item: item[0].create_time()))
+        return family(self.cluster, self._folder)
 
     def oldest(self, role: str) -> psutil.Process:
         """Who of a role has run for longest: killed again and again, each has its turn."""
         return next(process for process, its in self.processes().items() if its == role)
 
-    async def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """The application in Serve's own account; empty while nobody tells."""
         try:
-            answer = await self._http.get(f"{self._dashboard}/api/serve/applications/")
+            answer = self._http.get(f"{self._dashboard}/api/serve/applications/")
             found: dict[str, Any] = answer.json()["applications"]["embeddings"]
             return found
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return {}
 
-    async def is_whole(self, gone: Iterable[int] = ()) -> bool:
+    def is_whole(self, gone: Iterable[int] = ()) -> bool:
         """Whether every replica and every other process is there again, without those process ids."""
-        state = await self.state()
+        state = self.state()
         if state.get("status") != "RUNNING":
             return False
         for name, deployment in state["deployments"].items():
@@ -123,27 +108,45 @@ class Service:
         self._whole = self._whole or here
         return all(here[role] >= count for role, count in self._whole.items() if role not in UNCOUNTED)
 
-    async def wait(self) -> None:
+    def wait(self) -> None:
         """Until all replicas are there and embed; raises TimeoutError."""
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while not await self.is_whole() or not await self._embeds():
-                self._whole.clear()
-                await asyncio.sleep(POLL_PERIOD_S)
+        until = time.monotonic() + START_TIMEOUT_S
+        while not self.is_whole() or not self._embeds():
+            if time.monotonic() > until:
+                raise TimeoutError(f"the service did not start: {self.state()}")
+            self._whole.clear()
+            time.sleep(POLL_PERIOD_S)
 
-    async def _embeds(self) -> bool:
+    def _embeds(self) -> bool:
         try:
-            return (await self._http.get(f"{self.url}/readyz")).status_code == 200
+            return (self._http.get(f"{self.url}/readyz")).status_code == 200
         except httpx.HTTPError:
             return False
 
-    async def add_node(self) -> None:
+    def add_node(self) -> None:
         """A further node, as large as the others."""
-        await asyncio.to_thread(self.cluster.add_node, num_cpus=CPUS_A_NODE)
+        self.cluster.add_node(num_cpus=CPUS_A_NODE)
 
-    async def deploy(self, written: dict[str, Any]) -> None:
+    def deploy(self, written: dict[str, Any]) -> None:
         """Hand the configuration to Serve."""
-        answer = await self._http.put(f"{self._dashboard}/api/serve/applications/", json=written, timeout=60)
+        answer = self._http.put(f"{self._dashboard}/api/serve/applications/", json=written, timeout=60)
         answer.raise_for_status()
+
+
+def family(cluster: Cluster, folder: Path) -> dict[psutil.Process, str]:
+    """Every worker of a cluster's nodes, and HAProxy by its folder, with its role; the longest running first."""
+    found = {process for node in cluster.list_all_nodes() for process in workers_of(node)}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it ended, or is somebody else's
+            # It outlives the actor that started it, and so is below no raylet then.
+            if process.name() == "haproxy" and process.environ().get("RAY_TMPDIR") == str(folder):
+                found.add(process)
+    roles: dict[psutil.Process, str] = {}
+    for process in sorted(found, key=lambda process: process.create_time()):
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                roles[process] = ray_role(" ".join(process.cmdline()))
+    return roles
 
 
 def workers_of(node: Any) -> list[psutil.Process]:
@@ -155,8 +158,8 @@ def workers_of(node: Any) -> list[psutil.Process]:
         return []
 
 
-@asynccontextmanager
-async def running() -> AsyncIterator[Service]:
+@contextmanager
+def running() -> Iterator[Service]:
     """The service on a cluster of its own, with Redis behind its head if that is installed; nothing of it is left."""
     # A short path, as sockets' must be; and nobody else's Ray finds this cluster by Ray's own note of it.
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
@@ -165,37 +168,31 @@ async def running() -> AsyncIterator[Service]:
     os.environ |= NODE_ENVIRONMENT | {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(local.ROOT), "HF_HUB_OFFLINE": "1"}
     (folder / "ray").mkdir()
     redis = _start_redis(folder)
-    cluster, left = None, set[psutil.Process]()
+    cluster = None
     try:
         port, dashboard_port = free_port(), free_port()
         head = {"num_cpus": 0, "resources": {"head": 1}, "include_dashboard": True, "dashboard_port": dashboard_port}
-        cluster = await asyncio.to_thread(Cluster, initialize_head=True, head_node_args=head)
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         service = Service(
             cluster, folder, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", redis is not None
         )
         for _ in range(NODES):
-            await service.add_node()
-        await service.deploy(config(port))
-        await service.wait()
+            service.add_node()
+        service.deploy(config(port))
+        service.wait()
         yield service
-        await service.close()
+        service.close()
     finally:
         if cluster is not None:
-            left = _family(cluster, folder)
-            await asyncio.to_thread(cluster.shutdown)
-        for process in left:
-            with suppress(psutil.Error):  # psutil knows a process by its start, so a reused id is spared
-                process.kill()
+            left = family(cluster, folder)
+            cluster.shutdown()
+            for process in left:
+                with suppress(psutil.Error):  # it ended; psutil knows it by its start, so a reused id is spared
+                    process.kill()
         if redis is not None:
             redis.kill()
             redis.wait()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _family(cluster: Cluster, folder: Path) -> set[psutil.Process]:
-    """All processes of a cluster."""
-    service = Service(cluster, folder, "", "", False)
-    return set(service.processes())
 
 
 def _start_redis(folder: Path) -> "subprocess.Popen[bytes] | None":

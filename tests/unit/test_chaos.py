@@ -1,6 +1,5 @@
 """What the chaos run makes of answers: judged by real clients against a server that answers what it is told to."""
 
-import asyncio
 import base64
 import doctest
 import math
@@ -24,7 +23,6 @@ from loadtest.traffic.kinds import QUERIES
 from serve_app.pipeline import SHORT_CHARACTERS
 
 ERROR = orjson.dumps({"error": {"message": "later", "type": "rate_limit_error", "param": None, "code": "slow_down"}})
-KNOWN = known_vectors()
 
 
 def record(outcome: tally.Outcome = "right", client: tally.Client = "raw", latency_s: float = 0.1) -> Record:
@@ -63,8 +61,11 @@ def test_a_refusal_says_when_to_come_back_and_has_the_error_object(
 
 def test_each_client_is_counted_apart_and_the_longest_wait_is_the_raw_one() -> None:
     found = tally.tally(
-        [record(), record("failed", latency_s=2.0), record("refused"), record("right", "openai", 9.0)]
-        + [record("failed", "openai"), record("refused", "openai"), record("wrong", "openai")]
+        [
+            *(record(), record("failed", latency_s=2.0), record("refused")),
+            *(record("right", "openai", 9.0), record("failed", "openai"), record("refused", "openai")),
+            record("wrong", "openai"),
+        ]
     )
     assert (found.sent("raw"), found.sent("openai"), found.surfaced, found.wrong) == (3, 4, 2, 1)
     assert found.longest_s == 2.0
@@ -111,7 +112,7 @@ def test_the_short_form_is_some_of_the_faults() -> None:
 def test_the_load_has_short_texts_pairs_and_those_that_the_tokenizers_get() -> None:
     source = Random(1)
     asked = [texts_of(number, source) for number in range(400)]
-    assert {text for texts in asked for text in texts} == {*QUERIES, *LONG} == set(KNOWN)
+    assert {text for texts in asked for text in texts} == {*QUERIES, *LONG} == set(known_vectors())
     assert sum(len(texts) == 2 for texts in asked) == 40
     assert sum(len(texts[0]) > SHORT_CHARACTERS for texts in asked) == 10
 
@@ -129,7 +130,7 @@ class Told:
         status, headers, body = 200, [(b"content-type", b"application/json")], b""
         if self.how in ("right", "wrong"):
             # Wrong: the vector of another text.
-            vectors = [KNOWN[text if self.how == "right" else LONG[text == LONG[0]]] for text in texts]
+            vectors = [known_vectors()[text if self.how == "right" else LONG[text == LONG[0]]] for text in texts]
             data = [
                 {"object": "embedding", "index": place, "embedding": base64.b64encode(np.asarray(vector)).decode()}
                 for place, vector in enumerate(vectors)
@@ -167,18 +168,18 @@ def told() -> Iterator[tuple[Told, str]]:
         ("broken", "failed", "failed", "status 500"),
     ],
 )
-async def test_answers_are_judged(told: tuple[Told, str], how: str, raw: str, openai: str, detail: str) -> None:
+def test_answers_are_judged(told: tuple[Told, str], how: str, raw: str, openai: str, detail: str) -> None:
     app, url = told
     app.how = how
-    async with Load(url, rate=60) as load:
-        await asyncio.sleep(0.5)
+    with Load(url, rate=60) as load:
+        time.sleep(0.5)
     outcomes = {(each.client, each.outcome) for each in load.records}
     assert outcomes == {("raw", raw), ("openai", openai)}
     assert all(each.detail.startswith(detail) for each in load.records)
     assert len(load.records) >= 20
 
 
-async def test_a_connection_that_is_refused_is_a_failure() -> None:
-    async with Load("http://127.0.0.1:9", rate=40) as load:
-        await asyncio.sleep(0.2)
+def test_a_connection_that_is_refused_is_a_failure() -> None:
+    with Load("http://127.0.0.1:9", rate=40) as load:
+        time.sleep(0.2)
     assert {(each.client, each.outcome) for each in load.records} == {("raw", "failed"), ("openai", "failed")}

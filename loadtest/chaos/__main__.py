@@ -9,7 +9,7 @@ import math
 import shlex
 import sys
 import time
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 
 from loadtest.chaos import table
@@ -25,6 +25,8 @@ WINDOW_S = 3.0
 RECOVERY_TIMEOUT_S = 100.0
 # Requests before the next fault that still count to this one, beyond those of the window.
 AFTER_S = 1.0
+# Requests without a right answer that are told one by one, to be found in the logs.
+SHOWN = 40
 
 
 def once(fault: Fault, service: Service, load: Load, usual_s: float) -> float:
@@ -43,13 +45,14 @@ def once(fault: Fault, service: Service, load: Load, usual_s: float) -> float:
     return math.inf
 
 
-def run(faults: list[Fault], repeat: int, rate: float, short: bool) -> tuple[str, bool]:
+def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path | None) -> tuple[str, bool]:
     """One fault after another; the table, and whether all promises were kept."""
     bounds: list[float] = []  # when each fault's requests begin; and when the last one's end
     recovered: list[tuple[float, ...]] = []
     skipped: dict[str, str] = {}
     done: list[str] = []
-    with running() as service:
+    wall_s = time.time() - time.monotonic()
+    with running(logs) as service:
         print(f"chaos: {service.url} runs, {rate:g} requests/s", flush=True)
         with Load(service.url, rate) as load:
             time.sleep(WARM_UP_S + CALM_S)
@@ -63,8 +66,9 @@ def run(faults: list[Fault], repeat: int, rate: float, short: bool) -> tuple[str
                 bounds.append(time.monotonic())
                 times = []
                 for _ in range(1 if short else fault.a_round * repeat):
+                    now = datetime.now().time().isoformat("milliseconds")
                     times.append(once(fault, service, load, usual_s))
-                    print(f"chaos: {fault.name}: recovered after {times[-1]:.1f} s", flush=True)
+                    print(f"chaos: {fault.name} at {now}: recovered after {times[-1]:.1f} s", flush=True)
                 done.append(fault.name)
                 recovered.append(tuple(times))
             bounds.append(time.monotonic())
@@ -75,6 +79,9 @@ def run(faults: list[Fault], repeat: int, rate: float, short: bool) -> tuple[str
     for name, each in seen.items():
         for detail, count in each.tally.details.most_common():
             print(f"chaos: {name}: {count} x {detail}")
+    for each in [each for each in load.records if each.outcome != "right"][:SHOWN]:
+        when = datetime.fromtimestamp(wall_s + each.due_s).time().isoformat("milliseconds")
+        print(f"chaos: due {when}, over after {each.latency_s:.2f} s: {each.client} {each.outcome}: {each.detail}")
     kept = not any(broken(FAULTS[name].promise, each) for name, each in seen.items())
     return table.table(seen, skipped, tally(load.records)), kept
 
@@ -88,9 +95,10 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=80.0, help="requests/s")
     parser.add_argument("--output", type=Path, help="a Markdown file to write")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file holds")
+    parser.add_argument("--logs", type=Path, help="a folder to copy Ray's logs to")
     options = parser.parse_args()
     names = options.faults or (SHORT if options.short else FAULTS)
-    found, kept = run([FAULTS[name] for name in names], options.repeat, options.rate, options.short)
+    found, kept = run([FAULTS[name] for name in names], options.repeat, options.rate, options.short, options.logs)
     command = shlex.join(["python", "-m", "loadtest.chaos", *sys.argv[1:]])
     section = f"\n## {date.today()}: `{command}`\n\n{table.machine()}.\n\n{found}\n"
     print(section)

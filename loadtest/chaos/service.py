@@ -159,8 +159,9 @@ def workers_of(node: Any) -> list[psutil.Process]:
 
 
 @contextmanager
-def running() -> Iterator[Service]:
-    """The service on a cluster of its own, with Redis behind its head if that is installed; nothing of it is left."""
+def running(logs: Path | None = None) -> Iterator[Service]:
+    """The service on a cluster of its own, with Redis behind its head if that is installed; nothing of it is left, but
+    Ray's logs where a folder is given for them."""
     # A short path, as sockets' must be; and nobody else's Ray finds this cluster by Ray's own note of it.
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
     os.environ.pop("RAY_ADDRESS", None)
@@ -192,6 +193,8 @@ def running() -> Iterator[Service]:
         if redis is not None:
             redis.kill()
             redis.wait()
+        if logs is not None:
+            shutil.copytree(folder / "ray" / "session_latest" / "logs", logs, dirs_exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -79,9 +79,9 @@ def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path |
     for name, each in seen.items():
         for detail, count in each.tally.details.most_common():
             print(f"chaos: {name}: {count} x {detail}")
-    for each in [each for each in load.records if each.outcome != "right"][:SHOWN]:
-        when = datetime.fromtimestamp(wall_s + each.due_s).time().isoformat("milliseconds")
-        print(f"chaos: due {when}, over after {each.latency_s:.2f} s: {each.client} {each.outcome}: {each.detail}")
+    for bad in [record for record in load.records if record.outcome != "right"][:SHOWN]:
+        when = datetime.fromtimestamp(wall_s + bad.due_s).time().isoformat("milliseconds")
+        print(f"chaos: due {when}, over after {bad.latency_s:.2f} s: {bad.client} {bad.outcome}: {bad.detail}")
     kept = not any(broken(FAULTS[name].promise, each) for name, each in seen.items())
     return table.table(seen, skipped, tally(load.records)), kept
 

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+from openai.resources.embeddings import AsyncEmbeddings  # its first use would take half a second
 
 from loadtest.chaos.tally import Client, Outcome, Record, is_refusal
 from loadtest.traffic.checks import Answer, Fault, Vector, check, parse
@@ -92,6 +93,7 @@ class Load:
             httpx.AsyncClient(base_url=self._url, timeout=ANSWER_TIMEOUT_S, limits=limits) as self._raw,
             openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none") as self._openai,
         ):
+            self._embeddings: AsyncEmbeddings = self._openai.embeddings
             await self._send()
             await asyncio.gather(*self._waiting)
 
@@ -128,7 +130,7 @@ class Load:
 
     async def _ask_openai(self, texts: list[str]) -> Answer | Result:
         try:
-            answer = await self._openai.embeddings.create(model=MODEL, input=texts)
+            answer = await self._embeddings.create(model=MODEL, input=texts)
         except openai.APIStatusError as error:
             refused = is_refusal(error.status_code, error.response.headers, error.response.content)
             return "refused" if refused else "failed", f"status {error.status_code}"

@@ -172,7 +172,7 @@ def test_answers_are_judged(told: tuple[Told, str], how: str, raw: str, openai: 
     app, url = told
     app.how = how
     with Load(url, rate=60) as load:
-        time.sleep(0.5)
+        time.sleep(1.0)
     outcomes = {(each.client, each.outcome) for each in load.records}
     assert outcomes == {("raw", raw), ("openai", openai)}
     assert all(each.detail.startswith(detail) for each in load.records)

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import statistics
 from collections.abc import Mapping
 from importlib.metadata import version
 
@@ -40,8 +41,7 @@ def row(name: str, seen: Seen) -> str:
     """One fault's row."""
     fault = FAULTS[name]
     kept = "; ".join(broken(fault.promise, seen))
-    recovered = sorted(seen.recovered_s)
-    median_s, longest_s = recovered[len(recovered) // 2], recovered[-1]
+    median_s, longest_s = statistics.median(seen.recovered_s), max(seen.recovered_s)
     spread = f"{shown_s(median_s)}, {shown_s(longest_s)}" if seen.times > 1 else shown_s(longest_s)
     verdict = f"**no**: {kept}" if kept else "yes"
     promised = f"{fault.promise.words}; recovered within {fault.promise.within_s:.0f} s"

@@ -118,8 +118,8 @@ class Promise:
 
     words: str
     within_s: float  # from the fault until all is as before
-    failed_share: float = 0.0  # of the raw client's requests, at most
-    surfaced: int = 0  # errors that OpenAI's client surfaces, at most
+    failed_each: float = 0.0  # the raw client's requests that fail each time, at most
+    surfaced: float = 0  # errors that OpenAI's client surfaces, at most
     longest_s: float = math.inf
 
 
@@ -139,9 +139,9 @@ class Seen:
 def broken(promise: Promise, seen: Seen) -> list[str]:
     """What of a promise was not kept, a few words each."""
     found = []
-    sent, failed = seen.tally.sent("raw"), seen.tally.of("raw", "failed")
-    if failed > promise.failed_share * sent:
-        found.append(f"{failed} of {sent} failed")
+    failed = seen.tally.of("raw", "failed")
+    if failed > promise.failed_each * seen.times:
+        found.append(f"{failed} failed")
     if seen.tally.wrong:
         found.append(f"{seen.tally.wrong} wrong")
     if seen.tally.surfaced > promise.surfaced:

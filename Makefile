@@ -10,7 +10,7 @@ SHAPE ?= steps
 DURATION ?= 60
 OPTIONS ?=
 
-.PHONY: serve test load cluster bench check format clean
+.PHONY: serve test load cluster bench chaos check format clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/python -m serve_app serve_config.yaml
@@ -27,6 +27,10 @@ cluster: $(VENV)/.serve
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m loadtest.bench
+
+# Everything that can be killed, under load; about eight minutes. `OPTIONS=--short` takes two.
+chaos: $(VENV)/.load
+	$(BIN)/python -m loadtest.chaos --output docs/faults.md $(OPTIONS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

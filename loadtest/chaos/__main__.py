@@ -1,0 +1,113 @@
+"""`make chaos`: break the service in every way that is known, under load, and write down what became of the requests.
+
+Ends with status 1 where a promise was not kept.
+"""
+
+import argparse
+import itertools
+import math
+import shlex
+import sys
+import time
+from datetime import date, datetime
+from pathlib import Path
+
+from loadtest.chaos import table
+from loadtest.chaos.faults import FAULTS, SHORT, Fault
+from loadtest.chaos.load import Load
+from loadtest.chaos.service import POLL_PERIOD_S, Service, running
+from loadtest.chaos.tally import Seen, broken, is_normal, limit_s, tally
+
+# Requests before the first fault: until all is warm, and then those that say what is usual.
+WARM_UP_S, CALM_S = 5.0, 8.0
+# The last seconds that have to be as usual, and how long that is waited for.
+WINDOW_S = 3.0
+RECOVERY_TIMEOUT_S = 100.0
+# Requests before the next fault that still count to this one, beyond those of the window.
+AFTER_S = 1.0
+# Requests without a right answer that are told one by one, to be found in the logs.
+SHOWN = 40
+
+
+def once(fault: Fault, service: Service, load: Load, usual_s: float) -> float:
+    """Do a fault once, and wait until all is as before; seconds from the one to the other, infinite if it never is."""
+    started = time.monotonic()
+    gone = fault.act(service)
+    whole_s = math.inf
+    while time.monotonic() - started < RECOVERY_TIMEOUT_S:
+        time.sleep(POLL_PERIOD_S)
+        if math.isinf(whole_s) and service.is_whole(gone):
+            whole_s = time.monotonic() - started
+        window = time.monotonic() - WINDOW_S
+        if math.isfinite(whole_s) and window > started and is_normal(load.since(window), load.waiting_s(), usual_s):
+            time.sleep(AFTER_S)
+            return max(whole_s, window - started)
+    return math.inf
+
+
+def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path | None) -> tuple[str, bool]:
+    """One fault after another; the table, and whether all promises were kept."""
+    bounds: list[float] = []  # when each fault's requests begin; and when the last one's end
+    recovered: list[tuple[float, ...]] = []
+    skipped: dict[str, str] = {}
+    done: list[str] = []
+    wall_s = time.time() - time.monotonic()
+    with running(logs) as service:
+        print(f"chaos: {service.url} runs, {rate:g} requests/s", flush=True)
+        with Load(service.url, rate) as load:
+            time.sleep(WARM_UP_S + CALM_S)
+            calm = load.since(time.monotonic() - CALM_S)
+            usual_s = limit_s(calm)
+            print(f"chaos: usual is a p99 of up to {usual_s:.2f} s", flush=True)
+            for fault in faults:
+                if fault.needs_redis and not service.has_redis:
+                    skipped[fault.name] = "redis-server is not installed"
+                    continue
+                bounds.append(time.monotonic())
+                times = []
+                for _ in range(1 if short else fault.a_round * repeat):
+                    now = datetime.now().time().isoformat("milliseconds")
+                    times.append(once(fault, service, load, usual_s))
+                    print(f"chaos: {fault.name} at {now}: recovered after {times[-1]:.1f} s", flush=True)
+                done.append(fault.name)
+                recovered.append(tuple(times))
+            bounds.append(time.monotonic())
+    seen = {
+        name: Seen(tally(each for each in load.records if start <= each.due_s < end), times)
+        for name, times, (start, end) in zip(done, recovered, itertools.pairwise(bounds), strict=True)
+    }
+    for name, each in seen.items():
+        for detail, count in each.tally.details.most_common():
+            print(f"chaos: {name}: {count} x {detail}")
+    for bad in [record for record in load.records if record.outcome != "right"][:SHOWN]:
+        when = datetime.fromtimestamp(wall_s + bad.due_s).time().isoformat("milliseconds")
+        print(f"chaos: due {when}, over after {bad.latency_s:.2f} s: {bad.client} {bad.outcome}: {bad.detail}")
+    kept = not any(broken(FAULTS[name].promise, each) for name, each in seen.items())
+    return table.table(seen, skipped, tally(load.records)), kept
+
+
+def main() -> int:
+    """Run and print the table; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.chaos", description=__doc__)
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, metavar="NAME", help=", ".join(FAULTS))
+    parser.add_argument("--short", action="store_true", help=f"once each, by default {', '.join(SHORT)}")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds of each fault; in one, everybody is met once")
+    parser.add_argument("--rate", type=float, default=80.0, help="requests/s")
+    parser.add_argument("--output", type=Path, help="a Markdown file to write")
+    parser.add_argument("--append", action="store_true", help="keep the runs that the file holds")
+    parser.add_argument("--logs", type=Path, help="a folder to copy Ray's logs to")
+    options = parser.parse_args()
+    names = options.faults or (SHORT if options.short else FAULTS)
+    found, kept = run([FAULTS[name] for name in names], options.repeat, options.rate, options.short, options.logs)
+    command = shlex.join(["python", "-m", "loadtest.chaos", *sys.argv[1:]])
+    section = f"\n## {date.today()}: `{command}`\n\n{table.machine()}.\n\n{found}\n"
+    print(section)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        before = options.output.read_text() if options.append and options.output.exists() else table.TITLE
+        options.output.write_text(before + section)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""The short form of `make chaos`, for real: replicas and a node are killed under load, and what is promised holds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadtest.chaos.faults import FAULTS, SHORT
+from tests.service.conftest import ROOT, Keeper
+
+pytestmark = pytest.mark.service
+
+TIMEOUT_S = 280
+
+
+def test_what_is_promised_holds_while_processes_are_killed(keeper: Keeper, tmp_path: Path) -> None:
+    keeper.stop()  # the machine is not large enough for two
+    file = tmp_path / "faults.md"
+    command = [sys.executable, "-m", "loadtest.chaos", "--short", "--output", str(file)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    print(ran.stdout)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
+    written = file.read_text()
+    for name in SHORT:
+        assert f"| {FAULTS[name].words} | 1 | {FAULTS[name].promise.words}" in written
+    assert "**no**" not in written
+    assert not Path("/tmp/ray/ray_current_cluster").exists()

@@ -9,6 +9,7 @@ slow       people who type, beside a thousand connections that never finish thei
 import argparse
 import asyncio
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -61,7 +62,8 @@ class Connection:
 
     async def ask(self, sent: bytes, headers: str = "") -> int:
         try:
-            if self._streams is None:
+            # Closed while it was idle, as when HAProxy is given other replicas: every client opens another one then.
+            if self._streams is None or self._streams[0].at_eof():
                 self._streams = await asyncio.open_connection(HOST, PORT)
             reader, writer = self._streams
             writer.write(f"{HEAD}{headers}content-length: {len(sent)}\r\n\r\n".encode() + sent)
@@ -246,6 +248,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each part of a round")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
     options = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the slow connections are files of this process
     print(f"`python -m loadtest.pressure {' '.join(options.what)}`\n")
     with tempfile.TemporaryDirectory(prefix="pressure-") as scratch:
         folder = Path(scratch)

@@ -50,6 +50,8 @@ FULL_CALLS_TO_TOKENIZERS = 64
 # Most tokens that are held for a model, in 64 MB: while it sleeps or starts, nobody can tell how long it will take.
 MAX_HELD_TOKENS = 16_000_000
 HELD_RETRY_S = 10.0
+# Share of the time until its deadline that a request may be expected to wait: some wait longer than most.
+HEADROOM = 0.75
 # Of English text, by which a request is judged before it is tokenized.
 CHARACTERS_A_TOKEN = 4
 # How long replicas may take to say what they serve.
@@ -186,11 +188,12 @@ class Pipeline:
         tokens = len(inputs.ids) if isinstance(inputs, ClientIds) else sum(map(len, inputs)) / CHARACTERS_A_TOKEN
         queue = self._short if tokens <= max_tokens else self._long
         wait_s = self._tokenizing.wait_s + queue.wait_s
-        if wait_s > (left_s := max(0.0, deadline - time.monotonic())):
+        left_s = max(0.0, deadline - time.monotonic())
+        if wait_s > left_s * HEADROOM:
             raise Overloaded(
-                f"What waits before this request takes {wait_s:.1f} s, and the request has to be answered within "
+                f"What waits before this request takes about {wait_s:.1f} s, too long to answer it within "
                 f"{left_s:.1f} s; try again later.",
-                wait_s - left_s,
+                wait_s - left_s * HEADROOM,
             )
 
     def _hold_limits(self, tokenized: Tokenized, frame: Frame, refuse_truncation: bool) -> None:

@@ -18,6 +18,8 @@ from serve_app.rate import Pace
 
 # Into how many shares a budget is cut at most: what is smaller than one is not worth a batch of its own.
 SHARES = 64
+# So long before its deadline a job is not given up for any other reason.
+GIVEN_UP_S = 0.02
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -128,13 +130,14 @@ class Scheduler(Generic[Job, Result]):
         ahead, is_known = self.unfinished_cost, self.pace.told > 0
         self._dispatch_soon(loop)
         try:
-            result = await entry.answer
+            return await entry.answer
         finally:
             self.unfinished_cost -= cost
-        if is_known:  # else it waited for a worker to be there, which says nothing of how fast that one is
             now = time.monotonic()
-            self.pace.record(ahead, now - entry.arrived, now)
-        return result
+            # Unless it waited for a worker to be there, which says nothing of how fast that one is; or was given up
+            # early. Those that were too late count: the others alone would be the lucky ones.
+            if is_known and (not entry.answer.cancelled() or now > deadline - GIVEN_UP_S):
+                self.pace.record(ahead, now - entry.arrived, now)
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.

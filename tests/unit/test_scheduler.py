@@ -335,3 +335,16 @@ async def test_what_was_asked_and_what_is_not_finished_is_counted(worker: Worker
     with pytest.raises(ValueError, match="broken"):
         await second
     assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 0)
+
+
+async def test_the_pace_counts_jobs_that_were_too_late_and_none_that_were_given_up_early() -> None:
+    async def stuck(batch: object) -> list[str]:
+        return await asyncio.get_running_loop().create_future()
+
+    scheduler: Scheduler[str, str] = Scheduler(stuck, budget=10)
+    scheduler.pace.told = 1e6
+    for timeout_s, deadline_s, is_counted in ((0.3, 60.0, False), (0.3, 0.3, True)):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await scheduler.submit("job", 10, time.monotonic() + deadline_s)
+        assert (scheduler.pace.wait_s(10, time.monotonic()) > 0.1) == is_counted

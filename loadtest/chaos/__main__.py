@@ -73,15 +73,16 @@ def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path |
                 recovered.append(tuple(times))
             bounds.append(time.monotonic())
     seen = {
-        name: Seen(tally(each for each in load.records if start <= each.due_s < end), times)
+        name: Seen(tally(each for each in load.records if start <= each.sent_s < end), times)
         for name, times, (start, end) in zip(done, recovered, itertools.pairwise(bounds), strict=True)
     }
     for name, each in seen.items():
         for detail, count in each.tally.details.most_common():
             print(f"chaos: {name}: {count} x {detail}")
     for bad in [record for record in load.records if record.outcome != "right"][:SHOWN]:
-        when = datetime.fromtimestamp(wall_s + bad.due_s).time().isoformat("milliseconds")
-        print(f"chaos: due {when}, over after {bad.latency_s:.2f} s: {bad.client} {bad.outcome}: {bad.detail}")
+        when = datetime.fromtimestamp(wall_s + bad.sent_s).time().isoformat("milliseconds")
+        print(f"chaos: sent at {when}, over after {bad.latency_s:.2f} s: {bad.client} {bad.outcome}: {bad.detail}")
+    print(f"chaos: the load's own process was at most {load.lag_s:.2f} s late with a request")
     kept = not any(broken(FAULTS[name].promise, each) for name, each in seen.items())
     return table.table(seen, skipped, tally(load.records)), kept
 

@@ -1,7 +1,7 @@
 """The load: requests at a steady rate from two kinds of client, each answer held against its texts' known vectors.
 
-Each request leaves when it is due, whatever became of those before, and its latency counts from then: a service that
-stalls hides none of those that would have come meanwhile.
+Each request leaves when it is due, whatever became of those before: a service that stalls hides none of those that
+would have come meanwhile. How late this process itself was is told apart, so that it is not taken for the service.
 """
 
 import asyncio
@@ -61,7 +61,8 @@ class Load:
 
     def __init__(self, url: str, rate: float) -> None:
         self.records: list[Record] = []
-        self._waiting: dict[asyncio.Task[None], float] = {}  # a request -> when it was due
+        self.lag_s = 0.0  # the latest that a request left after it was due
+        self._waiting: dict[asyncio.Task[None], float] = {}  # a request -> when it was sent
         self._known = known_vectors()
         self._url = url
         self._rate = rate
@@ -79,13 +80,13 @@ class Load:
         self._thread.join()
 
     def since(self, start_s: float) -> list[Record]:
-        """The requests with an answer that were due since then."""
-        return [each for each in self.records.copy() if each.due_s >= start_s]
+        """The requests with an answer that were sent since then."""
+        return [each for each in self.records.copy() if each.sent_s >= start_s]
 
     def waiting_s(self) -> list[float]:
         """For how long each of those without an answer has been waited for."""
         now = time.monotonic()
-        return [now - due_s for due_s in list(self._waiting.values())]
+        return [now - sent_s for sent_s in list(self._waiting.values())]
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -106,14 +107,16 @@ class Load:
             if self._is_over:
                 return
             client: Client = "openai" if number % OPENAI_EVERY == OPENAI_EVERY - 1 else "raw"
-            task = asyncio.create_task(self._ask(client, texts_of(number, source), due_s))
-            self._waiting[task] = due_s
+            sent_s = time.monotonic()
+            self.lag_s = max(self.lag_s, sent_s - due_s)
+            task = asyncio.create_task(self._ask(client, texts_of(number, source), sent_s))
+            self._waiting[task] = sent_s
             task.add_done_callback(self._waiting.pop)
 
-    async def _ask(self, client: Client, texts: list[str], due_s: float) -> None:
+    async def _ask(self, client: Client, texts: list[str], sent_s: float) -> None:
         ask = self._ask_raw if client == "raw" else self._ask_openai
         outcome, detail = await _judged(ask, texts, self._known)
-        self.records.append(Record(client, due_s, time.monotonic() - due_s, outcome, detail))
+        self.records.append(Record(client, sent_s, time.monotonic() - sent_s, outcome, detail))
 
     async def _ask_raw(self, texts: list[str]) -> Answer | Result:
         sent: Any = texts if len(texts) > 1 else texts[0]

@@ -21,10 +21,10 @@ NORMAL_FACTOR, NORMAL_EXTRA_S = 2.0, 0.25
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request: when it was due (`time.monotonic()`), how long after that its answer came, and what it was."""
+    """One request: when it was sent (`time.monotonic()`), how long after that its answer came, and what it was."""
 
     client: Client
-    due_s: float
+    sent_s: float
     latency_s: float
     outcome: Outcome
     detail: str = ""  # of what is not right; never a text

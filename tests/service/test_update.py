@@ -1,6 +1,7 @@
 """Rolling updates of the real service under load: no request fails, and no answer mixes two models."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +44,17 @@ def other_model(application: dict[str, Any]) -> None:
     application["args"]["models"][0]["normalize"] = False  # other vectors for every text
 
 
+def run(tool: str, *arguments: str) -> str:
+    """What a command of Ray prints, which is let into the cluster that `serve run` started."""
+    command = [str(Path(sys.executable).with_name(tool)), *arguments]
+    environment = dict(os.environ)
+    if tool != "ray":
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": run("ray", "get-auth-token").strip()}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
 async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
     service = keeper.get(two_of_each)
     config = yaml.safe_load(service.log.with_name("serve_config.yaml").read_text())
@@ -58,17 +70,13 @@ async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
         change(config["applications"][0])
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(config))
-        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(file)]
-        ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
-        assert ran.returncode == 0, ran.stderr
+        await asyncio.to_thread(run, "serve", "deploy", str(file))
         async with asyncio.timeout(UPDATE_TIMEOUT_S):
             while deployed_at() == before or application()["status"] != "RUNNING":  # noqa: ASYNC110  # asks a process
                 await asyncio.sleep(0.5)
 
     def application() -> dict[str, Any]:
-        command = [str(Path(sys.executable).with_name("serve")), "status", "--name", "embeddings"]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        found: dict[str, Any] = yaml.safe_load(ran.stdout)
+        found: dict[str, Any] = yaml.safe_load(run("serve", "status", "--name", "embeddings"))
         return found
 
     def deployed_at() -> float:

@@ -36,6 +36,7 @@ INDEXERS = 2
 ROUNDS = 3
 OVERLOAD = 10
 DEADLINE_MS = 2_000
+SLEEPING_BATCH_TOKENS = 128  # take it as long as 1,024 take two cores
 SLOW = 1_000
 TRICKLE_S = 5.0
 # What counts as recovered: an answer within this many times the median of the idle service.
@@ -255,7 +256,9 @@ def main() -> None:
         folder = Path(scratch)
         ours = systems(folder)["ours"]
         asleep = folder / "sleep.yaml"
-        asleep.write_text(yaml.safe_dump(config(replicas=1)))
+        sleeping = config(replicas=1)
+        sleeping["applications"][0]["args"]["models"][0]["batch_tokens"] = SLEEPING_BATCH_TOKENS
+        asleep.write_text(yaml.safe_dump(sleeping))
         for what in options.what:
             system = replace(ours, command=(*ours.command[:-1], str(asleep))) if what == "overload" else ours
             print(f"## {what}\n")

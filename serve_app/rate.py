@@ -8,10 +8,8 @@ from collections.abc import Callable
 FULL_SHARE = 0.5
 # Each batch moves the rate this far towards its own.
 NEWEST_SHARE = 0.2
-# What took less time says more of the way there and back than of the queue.
-QUEUED_S = 0.25
-# How long what was seen of a queue is believed.
-FRESH_S = 5.0
+# Over how much of the last time a queue is watched, and from how much of that on it is believed.
+WATCHED_S, BELIEVED_S = 5.0, 0.25
 
 
 class Rate:
@@ -56,19 +54,19 @@ class Rate:
 
 
 class Pace:
-    """How fast a queue is worked off: as its last jobs found it, or as the workers say while no job had to wait."""
+    """How fast a queue is worked off: as was seen while more waited than was worked on, else as the workers say."""
 
     def __init__(self) -> None:
         self.told = 0.0  # work a second, by the workers; 0.0 while nothing is known
-        self._seen = 0.0
+        self._cost = self._seconds = 0.0  # what was done, in how long; the older, the less it counts
         self._seen_at = -math.inf
 
     def record(self, cost: int, seconds: float, now: float) -> None:
-        """A job was done so many seconds after it came, when that much work waited, its own included."""
-        if seconds >= QUEUED_S:
-            share = NEWEST_SHARE if now - self._seen_at < FRESH_S else 1.0
-            self._seen += share * (cost / seconds - self._seen)
-            self._seen_at = now
+        """So much was done in the last seconds, in which there always was more to do."""
+        decay = math.exp(-min(now - self._seen_at, 10 * WATCHED_S) / WATCHED_S)
+        self._cost = self._cost * decay + cost
+        self._seconds = self._seconds * decay + seconds
+        self._seen_at = now
 
     def wait_s(self, cost: int, now: float) -> float:
         """In how many seconds so much work will be done; 0.0 where nothing is known.
@@ -78,5 +76,6 @@ class Pace:
         >>> pace.wait_s(50, now=0.0), pace.record(50, seconds=1.0, now=1.0), pace.wait_s(50, now=2.0)
         (0.5, None, 1.0)
         """
-        per_s = self._seen if now - self._seen_at < FRESH_S else self.told
+        is_believed = self._seconds >= BELIEVED_S and now - self._seen_at < WATCHED_S
+        per_s = self._cost / self._seconds if is_believed else self.told
         return cost / per_s if per_s else 0.0

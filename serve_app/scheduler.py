@@ -18,8 +18,6 @@ from serve_app.rate import Pace
 
 # Into how many shares a budget is cut at most: what is smaller than one is not worth a batch of its own.
 SHARES = 64
-# So long before its deadline a job is not given up for any other reason.
-GIVEN_UP_S = 0.02
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -91,6 +89,8 @@ class Scheduler(Generic[Job, Result]):
         self.waiting_cost = 0  # of the entries in it, those included whose caller has left
         self._running: dict[asyncio.Task[None], float] = {}  # a batch -> when it began
         self._running_partial = 0  # of those, the ones that were not full
+        self._running_cost = 0  # of all jobs in them, those included that were given up meanwhile
+        self._busy_since: float | None = None  # the last batch's end, if more waited by then
         self._dispatch_is_due = False
 
     def __repr__(self) -> str:
@@ -113,8 +113,8 @@ class Scheduler(Generic[Job, Result]):
 
     @property
     def wait_s(self) -> float:
-        """In how long all that is unfinished now will be done, as far as is known."""
-        return self.pace.wait_s(self.unfinished_cost, time.monotonic())
+        """In how long all that waits or runs now will be done, as far as is known."""
+        return self.pace.wait_s(self.waiting_cost + self._running_cost, time.monotonic())
 
     async def submit(self, job: Job, cost: int, deadline: float, is_gone: Callable[[], bool] = lambda: False) -> Result:
         """Queue a job and wait for its answer; cancel this call to withdraw the job.
@@ -127,17 +127,11 @@ class Scheduler(Generic[Job, Result]):
         self.waiting_cost += cost
         self.asked_cost += cost
         self.unfinished_cost += cost
-        ahead, is_known = self.unfinished_cost, self.pace.told > 0
         self._dispatch_soon(loop)
         try:
             return await entry.answer
         finally:
             self.unfinished_cost -= cost
-            now = time.monotonic()
-            # Unless it waited for a worker to be there, which says nothing of how fast that one is; or was given up
-            # early. Those that were too late count: the others alone would be the lucky ones.
-            if is_known and (not entry.answer.cancelled() or now > deadline - GIVEN_UP_S):
-                self.pace.record(ahead, now - entry.arrived, now)
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.
@@ -154,9 +148,11 @@ class Scheduler(Generic[Job, Result]):
                 break
             # In a context of its own: a batch belongs to no one caller, and Serve cancels all calls that were made in
             # the context of a request whose client leaves.
-            task = loop.create_task(self._run_batch(batch, is_full), context=Context())
+            cost = sum(entry.cost for entry in batch)
+            task = loop.create_task(self._run_batch(batch, is_full, cost), context=Context())
             self._running[task] = time.monotonic()  # also the only strong reference to the task while it runs
             self._running_partial += not is_full
+            self._running_cost += cost
 
     def _take(self, share: int) -> list[Entry[Job, Result]]:
         """The next batch: oldest first, up to the share or one job; empty if nobody waits for anything."""
@@ -178,14 +174,14 @@ class Scheduler(Generic[Job, Result]):
             spent += entry.cost
         return batch
 
-    async def _run_batch(self, batch: list[Entry[Job, Result]], is_full: bool) -> None:
+    async def _run_batch(self, batch: list[Entry[Job, Result]], is_full: bool, cost: int) -> None:
         # Everything is inside the try: an answer left unset would leave its caller waiting for ever.
         try:
             try:
                 results = await self._run(batch)
             finally:
                 # The next batch begins before this one's callers go on, so the worker need not wait for them.
-                self._finish(is_full)
+                self._finish(is_full, cost)
             for entry, result in zip(batch, results, strict=True):
                 if not entry.answer.done():
                     entry.answer.set_result(result)
@@ -202,9 +198,14 @@ class Scheduler(Generic[Job, Result]):
             if not isinstance(error, Exception):
                 raise
 
-    def _finish(self, is_full: bool) -> None:
+    def _finish(self, is_full: bool, cost: int) -> None:
         task = asyncio.current_task()
         assert task is not None, "a batch runs as a task. This is a bug."
         del self._running[task]
         self._running_partial -= not is_full
+        self._running_cost -= cost
+        now = time.monotonic()
+        if self._busy_since is not None:
+            self.pace.record(cost, now - self._busy_since, now)
+        self._busy_since = now if self._waiting else None
         self._dispatch(task.get_loop())

@@ -178,7 +178,8 @@ async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
 def held(shared: Pipeline, tokens: int, tokens_per_s: float, bulk: bool = False) -> None:
     """As if so many tokens waited, and the models did so many a second."""
     queue = shared.queues[1][bulk]
-    queue.unfinished_cost, queue.pace.told = tokens, tokens_per_s
+    queue.unfinished_cost = queue._running_cost = tokens
+    queue.pace.told = tokens_per_s
 
 
 async def test_what_would_come_too_late_is_refused_before_any_work_and_says_when_to_come_back() -> None:

@@ -45,9 +45,18 @@ def test_a_queue_is_judged_by_what_was_seen_of_it_and_only_while_that_is_fresh()
     assert pace.wait_s(1000, now=0.0) == 0.0, "nothing is known"
     pace.told = 100.0
     assert pace.wait_s(1000, now=0.0) == 10.0
-    pace.record(1, seconds=0.01, now=1.0)  # it did not wait
+    pace.record(1, seconds=0.01, now=1.0)  # too little to be believed
     assert pace.wait_s(1000, now=1.0) == 10.0
     for second in range(2, 40):
-        pace.record(500, seconds=10.0, now=float(second))
-    assert pace.wait_s(1000, now=40.0) == pytest.approx(20.0)
+        pace.record(50, seconds=1.0, now=float(second))
+    assert pace.wait_s(1000, now=40.0) == pytest.approx(20.0, rel=0.01)
     assert pace.wait_s(1000, now=50.0) == 10.0
+
+
+def test_a_pace_that_changes_is_followed() -> None:
+    pace = Pace()
+    for second in range(10):
+        pace.record(50, seconds=1.0, now=float(second))
+    for second in range(10, 20):
+        pace.record(500, seconds=1.0, now=float(second))
+    assert 1.9 < pace.wait_s(1000, now=20.0) < 2.6

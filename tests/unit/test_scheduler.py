@@ -337,14 +337,35 @@ async def test_what_was_asked_and_what_is_not_finished_is_counted(worker: Worker
     assert (scheduler.asked_cost, scheduler.unfinished_cost) == (18, 0)
 
 
-async def test_the_pace_counts_jobs_that_were_too_late_and_none_that_were_given_up_early() -> None:
-    async def stuck(batch: object) -> list[str]:
-        return await asyncio.get_running_loop().create_future()
+async def test_the_pace_is_that_of_batches_while_more_waits_whether_or_not_their_callers_wait_on() -> None:
+    gate = asyncio.Semaphore(0)
 
-    scheduler: Scheduler[str, str] = Scheduler(stuck, budget=10)
+    async def run(batch: Sequence[Entry[str, str]]) -> list[str]:
+        await gate.acquire()
+        await asyncio.sleep(0.1)
+        return ["" for _ in batch]
+
+    scheduler: Scheduler[str, str] = Scheduler(run, budget=10)
     scheduler.pace.told = 1e6
-    for timeout_s, deadline_s, is_counted in ((0.3, 60.0, False), (0.3, 0.3, True)):
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await scheduler.submit("job", 10, time.monotonic() + deadline_s)
-        assert (scheduler.pace.wait_s(10, time.monotonic()) > 0.1) == is_counted
+    tasks = [asyncio.create_task(scheduler.submit("job", 10, time.monotonic() + 60)) for _ in range(6)]
+    await turns()
+    assert scheduler.wait_s == pytest.approx(60 / 1e6)
+    for task in tasks[:2]:
+        task.cancel()  # the first of them runs on for nobody
+    for _ in tasks:
+        gate.release()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    # four batches that ended with more to do behind the one before, of 10 in a tenth of a second
+    assert scheduler.pace.wait_s(100, time.monotonic()) == pytest.approx(1.0, rel=0.5)
+
+
+async def test_what_waits_for_nothing_says_nothing_of_the_pace() -> None:
+    async def run(batch: Sequence[Entry[str, str]]) -> list[str]:
+        await asyncio.sleep(0.1)
+        return ["" for _ in batch]
+
+    scheduler: Scheduler[str, str] = Scheduler(run, budget=10)
+    scheduler.pace.told = 1e6
+    for _ in range(4):
+        await scheduler.submit("job", 1, time.monotonic() + 60)
+    assert scheduler.pace.wait_s(100, time.monotonic()) == pytest.approx(100 / 1e6)

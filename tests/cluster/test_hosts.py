@@ -165,7 +165,8 @@ class Service:
     def nodes(self, state: str) -> set[str]:
         """Addresses of the nodes that are `ALIVE`, or `DEAD`; one of which the dashboard has no news is neither."""
         summary = self.network.ask("/nodes?view=summary")["data"]["summary"]
-        return {node["ip"] for node in summary if node["raylet"].get("state") == state}
+        # A node that has just come is listed before its address is.
+        return {node["ip"] for node in summary if "ip" in node and node["raylet"].get("state") == state}
 
     def replicas(self) -> dict[str, str]:
         """The model's replica on each host, by address, once each host has one that runs and there is no other."""

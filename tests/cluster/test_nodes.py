@@ -142,7 +142,7 @@ class Nodes:
 
     def summary(self) -> list[Document]:
         found: list[Document] = self.get("/nodes?view=summary")["data"]["summary"]
-        return found
+        return [node for node in found if "ip" in node]  # one that has just come is listed before its address is
 
     def _start(self, *flags: str) -> None:
         command = [tool("ray"), "start", *flags, "--dashboard-agent-listen-port=0", "--block"]

@@ -49,7 +49,6 @@ class Answers:
 
     right_s: list[float] = field(default_factory=list)
     other_s: dict[int, list[float]] = field(default_factory=dict)
-    body_bytes: int = 0
 
     def add(self, status: int, seconds: float) -> None:
         (self.right_s if status == 200 else self.other_s.setdefault(status, [])).append(seconds)
@@ -189,6 +188,7 @@ async def overload(seconds: float, root: int) -> None:
         statuses = [await connection.ask(sent[0]) for _ in range(5)]
         if statuses == [200] * 5 and (time.perf_counter() - started) / 5 < RECOVERED * p(50, idle.right_s) / 1e3:
             break
+    connection.close()
     others = ", ".join(
         f"{len(took)} x {status} (p50 {p(50, took):.0f}, p99 {p(99, took):.0f} ms)"
         for status, took in sorted(answers.other_s.items())

@@ -32,7 +32,7 @@ HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
 }
-POLL_PERIOD_S = 0.25
+POLL_PERIOD_S, PARTLY_READY_PERIOD_S = 0.25, 1.0
 # How often a start that takes long says what it waits for.
 NOTICE_PERIOD_S = 20.0
 # After this long a stop is no longer asked for, but forced.
@@ -159,19 +159,26 @@ def _check_cluster(config: Path) -> None:
 
 
 def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None:
-    """Wait until the service can embed, say so once, then wait for a signal or the child's end."""
+    """Wait until the service can embed, and say so of each model once; then wait for a signal or the child's end."""
     started = noticed = time.monotonic()
-    ready = False
+    said: list[str] = []
+    all_ready = False
     while not stopping and child.poll() is None:
-        time.sleep(POLL_PERIOD_S)
-        if ready:
+        time.sleep(PARTLY_READY_PERIOD_S if said else POLL_PERIOD_S)
+        if all_ready:
             continue
         status, state = _get(f"{url}/readyz")
         if status == 200:
-            ready = True
+            all_ready = set(state["models"].values()) == {"ready"}
             _, models = _get(f"{url}/v1/models")
-            for line in ready_lines(url, state, models):
-                print(f"{line} ({time.monotonic() - started:.1f} s)", flush=True)
+            # What is not ready is said when the first one is: it may never be.
+            lines = [line for line in ready_lines(url, state, models) if not said or line.startswith("READY ")]
+            for line in lines:
+                if line not in said:
+                    print(f"{line} ({time.monotonic() - started:.1f} s)", flush=True)
+            said += lines
+        elif said:
+            continue
         elif time.monotonic() - noticed > NOTICE_PERIOD_S:
             noticed = time.monotonic()
             reasons = "; ".join(f"{name}: {reason}" for name, reason in state.get("models", {}).items())

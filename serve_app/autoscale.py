@@ -4,8 +4,9 @@
 
 Work is counted in each stage's own unit, tokens or characters. `waiting` is all that was asked of a stage and is not
 done, at its replicas and at those who call it; `arriving` and `rate` are work a second, asked of the stage and done by
-one replica of it that is busy. Replicas report these through Serve (`record_autoscaling_stats`). Where the work of a
-stage is not reported, as of the Ingress, its requests in progress over `target_ongoing_requests` are the need.
+one replica of it that is busy. Replicas report these through Serve (`record_autoscaling_stats`). The Ingress reports
+its own work in seconds of a core: what it has open costs it nothing, be it a thousand clients who send slowly. Where
+the work of a stage is not reported yet, its requests in progress over `target_ongoing_requests` are the need.
 
 Serve's controller imports this file, so it imports nothing but the standard library; and since a policy that raises
 stops the updates of every application, it never does. Around it Serve applies `upscale_delay_s`, `downscale_delay_s`

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from serve_app import engines, weights
 from serve_app.answers import Embedded, Served, deal
-from serve_app.autoscale import RATE, WAITING
+from serve_app.autoscale import RATE, WAITING, asked_of
 from serve_app.catalog import Catalog
 from serve_app.channel import Endpoint, Listener
 from serve_app.discovery import refresh
@@ -74,8 +74,7 @@ class Tokenizer:
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         """Ids of the texts, in order."""
-        characters = sum(map(len, texts))
-        if characters <= INLINE_CHARACTERS:
+        if (characters := sum(map(len, texts))) <= INLINE_CHARACTERS:
             return self._tokenizer.tokenize(texts)
         self._waiting_characters += characters
         started = time.perf_counter()
@@ -270,15 +269,16 @@ class Ingress:
         return create_app(self._catalog, self._settings, self._keys)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What serve_app.autoscale decides by: the work that is held here, and all that was asked, of each stage."""
+        """What serve_app.autoscale decides by: the work that is held here, and all that was asked, of each stage; and
+        this replica's own, in seconds of the one core that its loop can use."""
         held = zip(self._stages, self._catalog.pipelines, strict=True)
-        return {name: work for stages, pipeline in held for name, work in stages.report(pipeline).items()}
+        stats = {name: work for stages, pipeline in held for name, work in stages.report(pipeline).items()}
+        return stats | {asked_of("Ingress"): time.process_time(), RATE: 1.0}
 
 
 def _host() -> str:
     """The address under which this replica's node is known to the others."""
-    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return address
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _cpus() -> int:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from serve_app import keys
 from tests.model import FOLDER, MODEL
-from tests.service.conftest import Keeper, Service
+from tests.service.conftest import START_TIMEOUT_S, Keeper, Service
 
 pytestmark = pytest.mark.service
 
@@ -55,7 +56,13 @@ def key() -> Iterator[str]:
 
 @pytest.fixture
 def mixed(keeper: Keeper, key: str) -> Service:
-    return keeper.get(several)
+    """Ready, and so with one model at least; the second one is waited for."""
+    service = keeper.get(several)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while httpx.get(f"{service.url}/readyz", timeout=30).json()["models"]["acme/exact"] != "ready":
+        assert time.monotonic() < deadline, service.log.read_text()[-4000:]
+        time.sleep(0.2)
+    return service
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from tests.service.conftest import Keeper, Service
 
 pytestmark = pytest.mark.service
 
-# Twelve tokens; the sleeping engine does some eighty of these a second.
-TEXT = "how long does red wine keep in the fridge"
+# Fifty-odd tokens; the sleeping engine does some eighteen of these a second, and a busy machine sends many more.
+TEXT = " ".join(["how long does red wine keep in the fridge"] * 5)
 DEADLINE_S = 2.0
 TOO_MANY = 500
 
@@ -52,8 +52,8 @@ async def flood(service: Service, requests: int) -> list[tuple[httpx.Response, f
 async def test_what_would_come_too_late_is_refused_and_the_rest_is_answered(service: Service) -> None:
     answers = await flood(service, TOO_MANY)
     statuses = Counter(answer.status_code for answer, _ in answers)
-    # Two seconds' worth; a machine that stands still for a while makes some of them late.
-    assert 80 <= statuses[200] <= 250 and statuses[429] >= TOO_MANY / 3, statuses
+    # Two seconds' worth, and what is done while a busy machine still sends; one that stands still makes some late.
+    assert 20 <= statuses[200] <= 250 and statuses[429] >= TOO_MANY / 3, statuses
     assert statuses[200] + statuses[429] + statuses[504] == TOO_MANY and statuses[504] <= 20, statuses
     for answer, _ in answers:
         if answer.status_code == 429:

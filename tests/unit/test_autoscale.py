@@ -139,7 +139,17 @@ def test_a_model_at_zero_whose_rate_was_known_starts_with_as_many_replicas_as_it
     assert app.decide(models=0)[MODEL] == 2
 
 
-def test_the_ingress_follows_serves_own_signal() -> None:
+def test_the_ingress_follows_its_use_of_a_core_and_not_what_it_has_open() -> None:
+    app = App(target_utilization=0.5)
+    own = asked_of("Ingress")
+    app.report(MODEL, {WAITING: (0, 0), RATE: (100, 100)})
+    app.report(INGRESS, {"running_requests": (900, 900), own: (5.0, 5.1), RATE: (1.0, 1.0)})
+    assert app.decide()[INGRESS] == 1
+    app.report(INGRESS, {"running_requests": (9, 9), own: (5.0, 5.9), RATE: (1.0, 1.0)})
+    assert app.decide()[INGRESS] == 2
+
+
+def test_before_it_has_reported_the_ingress_follows_serves_own_signal() -> None:
     app = App()
     app.report(MODEL, {WAITING: (0, 0), RATE: (100, 100)})
     app.report(INGRESS, {"running_requests": (25, 25, 25), ASKED: (0, 0), HELD: (0, 0)})

@@ -5,7 +5,6 @@ Ends with status 1 where a promise was not kept.
 
 import argparse
 import itertools
-import math
 import shlex
 import sys
 import time
@@ -15,34 +14,12 @@ from pathlib import Path
 from loadtest.chaos import table
 from loadtest.chaos.faults import FAULTS, SHORT, Fault
 from loadtest.chaos.load import Load
-from loadtest.chaos.service import POLL_PERIOD_S, Service, running
-from loadtest.chaos.tally import Seen, broken, is_normal, limit_s, tally
+from loadtest.chaos.service import running
+from loadtest.chaos.tally import Seen, broken, tally
+from loadtest.chaos.trial import calm, once
 
-# Requests before the first fault: until all is warm, and then those that say what is usual.
-WARM_UP_S, CALM_S = 5.0, 8.0
-# The last seconds that have to be as usual, and how long that is waited for.
-WINDOW_S = 3.0
-RECOVERY_TIMEOUT_S = 100.0
-# Requests before the next fault that still count to this one, beyond those of the window.
-AFTER_S = 1.0
 # Requests without a right answer that are told one by one, to be found in the logs.
 SHOWN = 40
-
-
-def once(fault: Fault, service: Service, load: Load, usual_s: float) -> float:
-    """Do a fault once, and wait until all is as before; seconds from the one to the other, infinite if it never is."""
-    started = time.monotonic()
-    gone = fault.act(service)
-    whole_s = math.inf
-    while time.monotonic() - started < RECOVERY_TIMEOUT_S:
-        time.sleep(POLL_PERIOD_S)
-        if math.isinf(whole_s) and service.is_whole(gone):
-            whole_s = time.monotonic() - started
-        window = time.monotonic() - WINDOW_S
-        if math.isfinite(whole_s) and window > started and is_normal(load.since(window), load.waiting_s(), usual_s):
-            time.sleep(AFTER_S)
-            return max(whole_s, window - started)
-    return math.inf
 
 
 def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path | None) -> tuple[str, bool]:
@@ -55,10 +32,7 @@ def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path |
     with running(logs) as service:
         print(f"chaos: {service.url} runs, {rate:g} requests/s", flush=True)
         with Load(service.url, rate) as load:
-            time.sleep(WARM_UP_S + CALM_S)
-            calm = load.since(time.monotonic() - CALM_S)
-            usual_s = limit_s(calm)
-            print(f"chaos: usual is a p99 of up to {usual_s:.2f} s", flush=True)
+            usual_s = calm(load)
             for fault in faults:
                 if fault.needs_redis and not service.has_redis:
                     skipped[fault.name] = "redis-server is not installed"

@@ -27,8 +27,10 @@ from loadtest.workload import MODEL, SEED
 from serve_app.engines.sleep import SleepEngine
 from serve_app.pipeline import SHORT_CHARACTERS
 
-# One request in so many is a pair of texts, and one in so many a text that the ingress leaves to the tokenizers.
-PAIR_EVERY, LONG_EVERY = 10, 40
+# One request in so many is a pair of texts, one in so many a text that the ingress leaves to the tokenizers, and one in
+# so many a list that goes to models as a long request.
+PAIR_EVERY, LONG_EVERY, LIST_EVERY = 10, 40, 240
+LIST = 48
 LONG = [text for text in of_words(180, 200) if len(text) > SHORT_CHARACTERS][:5]
 # One in so many goes through OpenAI's client, with its default of two further tries.
 OPENAI_EVERY = 4
@@ -47,6 +49,8 @@ def known_vectors() -> dict[str, Vector]:
 
 def texts_of(number: int, source: Random) -> list[str]:
     """The texts of one request."""
+    if number % LIST_EVERY == LIST_EVERY - 2:
+        return source.choices(QUERIES, k=LIST)
     if number % LONG_EVERY == LONG_EVERY - 1:
         return [source.choice(LONG)]
     return source.sample(QUERIES, 2 if number % PAIR_EVERY == 0 else 1)

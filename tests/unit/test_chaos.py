@@ -16,7 +16,7 @@ import uvicorn
 
 from loadtest.chaos import tally
 from loadtest.chaos.faults import FAULTS, SHORT
-from loadtest.chaos.load import LONG, Load, known_vectors, texts_of
+from loadtest.chaos.load import LIST, LONG, Load, known_vectors, texts_of
 from loadtest.chaos.table import COLUMNS, table
 from loadtest.chaos.tally import Promise, Record, Seen, broken, is_refusal
 from loadtest.traffic.kinds import QUERIES
@@ -115,6 +115,7 @@ def test_the_load_has_short_texts_pairs_and_those_that_the_tokenizers_get() -> N
     assert {text for texts in asked for text in texts} == {*QUERIES, *LONG} == set(known_vectors())
     assert sum(len(texts) == 2 for texts in asked) == 40
     assert sum(len(texts[0]) > SHORT_CHARACTERS for texts in asked) == 10
+    assert sum(len(texts) == LIST for texts in asked) == 1
 
 
 class Told:

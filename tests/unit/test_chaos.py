@@ -111,11 +111,11 @@ def test_the_short_form_is_some_of_the_faults() -> None:
 
 def test_the_load_has_short_texts_pairs_and_those_that_the_tokenizers_get() -> None:
     source = Random(1)
-    asked = [texts_of(number, source) for number in range(400)]
+    asked = [texts_of(number, source) for number in range(960)]
     assert {text for texts in asked for text in texts} == {*QUERIES, *LONG} == set(known_vectors())
-    assert sum(len(texts) == 2 for texts in asked) == 40
-    assert sum(len(texts[0]) > SHORT_CHARACTERS for texts in asked) == 10
-    assert sum(len(texts) == LIST for texts in asked) == 1
+    assert sum(len(texts) == 2 for texts in asked) == 96
+    assert sum(len(texts[0]) > SHORT_CHARACTERS for texts in asked) == 24
+    assert sum(len(texts) == LIST for texts in asked) == 4
 
 
 class Told:

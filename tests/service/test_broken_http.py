@@ -200,7 +200,7 @@ async def exchange(service: Service, sent: bytes, pieces: int, chance: Random, p
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
     came = b""
     with suppress(OSError, TimeoutError):  # the service may close at any byte
-        size = -(-len(sent) // pieces)
+        size = max(1, -(-len(sent) // pieces))
         for place in range(0, len(sent), size):
             writer.write(sent[place : place + size])
             await writer.drain()

@@ -32,14 +32,20 @@ HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
 }
-POLL_PERIOD_S, PARTLY_READY_PERIOD_S = 0.25, 1.0
+POLL_PERIOD_S, PARTLY_READY_PERIOD_S = 0.1, 1.0
 # How often a start that takes long says what it waits for.
 NOTICE_PERIOD_S = 20.0
 # After this long a stop is no longer asked for, but forced.
 STOP_TIMEOUT_S = 30.0
 # For the node that `serve run` starts. Ray starts workers at niceness 15, which costs a service that owns its machine
-# a fifth of its throughput; and a service that is being tried out has no reason to report its use.
-NODE_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# a fifth of its throughput; a service that is being tried out has no reason to report its use; and workers that Ray
+# starts ahead can't be used, as Serve's have an environment of their own.
+NODE_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
 
 
 def main() -> int:

@@ -1,0 +1,83 @@
+"""HAProxy outlives the Serve actor that keeps it, and is back at once where it died itself.
+
+Ray ends the process group of a worker that died, HAProxy with it, and Serve takes some eight seconds to have another:
+until then every connection is refused. Ray's class is the base here, so this file belongs to the one release of Ray
+that pyproject.toml names.
+"""
+
+import asyncio
+import os
+from asyncio.subprocess import Process
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ray.serve._private import haproxy
+
+# How long a new actor leaves the service to the HAProxy that it found, until it knows the replicas itself. Serve itself
+# gives an actor five seconds to be ready.
+TARGETS_TIMEOUT_S = 2.0
+
+
+class LastingHAProxy(haproxy.HAProxyApi):
+    """Serve's HAProxy, started outside the actor's process group, and with the sockets of whichever ran before."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._changing = asyncio.Lock()
+        self._has_targets = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start; where one is found running, not before there is something to route to."""
+        with suppress(OSError):
+            os.setpgid(0, os.getpgid(os.getppid()))  # the raylet's, which Ray does not end with this actor
+        if self._running():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._has_targets.wait(), TARGETS_TIMEOUT_S)
+        await super().start()
+        self._keeper = asyncio.create_task(self._keep())
+
+    def set_backend_configs(self, backend_configs: dict[str, haproxy.BackendConfig]) -> None:
+        """What to route to from the next start or reload on."""
+        super().set_backend_configs(backend_configs)
+        if backend_configs:
+            self._has_targets.set()
+
+    async def stop(self) -> None:
+        """End it, for good."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        await super().stop()
+
+    async def _keep(self) -> None:
+        """Start it again the moment it dies; a reload, which ends one, too, is waited for."""
+        while self._proc is not None:
+            await self._proc.wait()
+            async with self._changing:
+                if self._proc is not None and self._proc.returncode is not None:
+                    self._proc = await self._start_and_wait_for_haproxy()
+
+    async def _graceful_reload(self) -> None:
+        async with self._changing:
+            await super()._graceful_reload()
+
+    async def _start_and_wait_for_haproxy(self, *_: str, **options: Any) -> Process:
+        """Take the listening sockets from the one that runs, then have it and any before it finish what they have."""
+        running = self._running()
+        arguments = ["-sf", *running] if running else []
+        if await self._get_running_pid() is not None:
+            arguments += ["-x", self.cfg.socket_path]
+        return await super()._start_and_wait_for_haproxy(*arguments, **options)
+
+    def _running(self) -> list[str]:
+        """The ids of all that run with this node's configuration, whichever actor started them."""
+        return [path.name for path in Path("/proc").glob("[0-9]*") if self._is_our_haproxy(int(path.name))]
+
+
+def last() -> None:
+    """Have Serve's controller (RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH) give its actors this class.
+
+    They get their own class by value, and with it what that calls HAProxyApi.
+    """
+    haproxy.HAProxyApi = LastingHAProxy  # type: ignore[misc]

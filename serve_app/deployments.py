@@ -43,6 +43,8 @@ from serve_app.threads import background
 logger = logging.getLogger("ray.serve")
 Queue = Scheduler[Packed, Embedded]
 
+# After so long without a batch a brief one need not leave the loop free for others: only one caller asks.
+LULL_S = 0.001
 ENGINE_STALL_S = 30.0  # at one batch, which is some hundred milliseconds of work: the engine hangs
 # Characters that are tokenized in under a millisecond, which is not worth a thread; and those of one text at most.
 INLINE_CHARACTERS, TEXT_CHARACTERS = 2_000, 8_192
@@ -117,10 +119,9 @@ class Model:
         self._engine = Guard(engine, network.dimensions)
         self._broken: EngineBroken | None = None
         # Short requests and long ones have each their queue and threads, and those of the long ones give way.
-        self._short, self._long = (
-            Queue(partial(self._run, threads), settings.batch_tokens, lanes=engine.lanes)
-            for threads in (None, background(engine.lanes, settings.bulk_share))
-        )
+        queue = partial(Queue, budget=settings.batch_tokens, lanes=engine.lanes)
+        bulk = background(engine.lanes, settings.bulk_share)
+        self._short, self._long = (queue(partial(self._run, threads)) for threads in (None, bulk))
         self._rate = Rate(settings.batch_tokens)
         with ThreadPoolExecutor(engine.lanes) as lanes:
             batches = [typical(settings.batch_tokens)] * engine.lanes
@@ -171,7 +172,7 @@ class Model:
         jobs = [entry.job for entry in entries]
         started = time.perf_counter()
         packed = concat(jobs)
-        is_alone = threads is None and self._short.running == 1
+        is_alone = threads is None and self._short.running == 1 and started - self._rate.ended > LULL_S
         try:
             if is_alone and packed.tokens <= self._engine.engine.brief_tokens:
                 vectors = self._engine.embed(packed)
@@ -255,12 +256,11 @@ class Ingress:
         self._keys = Keys(Path(settings.keys_file)) if settings.keys_file else None
         if self._keys is None:
             logger.warning("no keys_file is set: the service is open to everybody who can reach it")
-        self._stages = [
-            RemoteStages(model.id, *map(Replicas, pair)) for model, pair in zip(settings.models, handles, strict=True)
-        ]
+        models = settings.models
+        self._stages = [RemoteStages(each.id, *map(Replicas, pair)) for each, pair in zip(models, handles, strict=True)]
         pipelines = [
-            Pipeline(model, stages, settings.max_request_tokens)
-            for model, stages in zip(settings.models, self._stages, strict=True)
+            Pipeline(each, stages, settings.max_request_tokens)
+            for each, stages in zip(models, self._stages, strict=True)
         ]
         self._catalog = Catalog(pipelines)
         self._refreshing = [asyncio.ensure_future(refresh(pipeline)) for pipeline in pipelines]

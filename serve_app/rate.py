@@ -22,7 +22,7 @@ class Rate:
         """`full`: most work in one batch, in any unit."""
         self._full = full
         self._cost = self._seconds = 0.0
-        self._ended = -math.inf
+        self.ended = -math.inf  # of the last batch
 
     def try_out(self, cost: int, run: Callable[[], object]) -> None:
         """Run a batch of so much work for the sake of its time."""
@@ -35,8 +35,8 @@ class Rate:
 
         Where batches overlap, each counts from the end of the one before it, as all share one engine.
         """
-        seconds = ended - max(started, self._ended)
-        self._ended = ended
+        seconds = ended - max(started, self.ended)
+        self.ended = ended
         if cost >= self._full * FULL_SHARE:
             share = NEWEST_SHARE if self._seconds else 1.0
             self._cost += share * (cost - self._cost)

@@ -6,6 +6,7 @@ Ends with status 1 where a request was lost.
 import argparse
 import itertools
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -25,6 +26,11 @@ from loadtest.chaos.service import Service, running
 from loadtest.chaos.tally import tally
 from loadtest.chaos.trial import calm, once
 
+TITLE = """# Soak
+
+A head and three nodes on one machine, models that sleep instead of computing, short texts, pairs, long texts and lists
+from two kinds of client, one that tries nothing again and OpenAI's own; and a kill a minute.
+"""
 PERIOD_S = 60.0
 # In this order, again and again: what is promised to lose nothing, and is over within the minute.
 KILLS = ("model", "tokenizer", "model", "tokenizer", "model", "controller", "model", "tokenizer", "node")
@@ -138,7 +144,8 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="a folder to copy Ray's logs to")
     options = parser.parse_args()
     text, kept = run(options.minutes, options.rate, options.logs)
-    section = f"# Soak, {date.today()}\n\n{table.machine()}.\n\n{text}\n"
+    command = shlex.join(["python", "-m", "loadtest.chaos.soak", *sys.argv[1:]])
+    section = f"{TITLE}\n{date.today()}, `{command}`: {table.machine()}.\n\n{text}\n"
     print(section)
     if options.output:
         options.output.write_text(section)

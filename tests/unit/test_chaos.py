@@ -14,7 +14,7 @@ import orjson
 import pytest
 import uvicorn
 
-from loadtest.chaos import tally
+from loadtest.chaos import soak, tally
 from loadtest.chaos.faults import FAULTS, SHORT
 from loadtest.chaos.load import LIST, LONG, Load, known_vectors, texts_of
 from loadtest.chaos.table import COLUMNS, table
@@ -34,8 +34,15 @@ def seen(*records: Record, recovered_s: tuple[float, ...] = (3.0,)) -> Seen:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    ran = doctest.testmod(tally)
-    assert ran.attempted > 0 and ran.failed == 0
+    for module in (tally, soak):
+        ran = doctest.testmod(module)
+        assert ran.attempted > 0 and ran.failed == 0
+
+
+def test_a_soak_shows_what_the_processes_held_that_lived_for_long() -> None:
+    grows = [soak.Sample(minute / 60, 100 + minute / 60, 20 + minute % 2) for minute in range(30)]
+    rows = soak.held({("ingress", 1): grows, ("ingress", 2): grows[:5], ("model", 3): grows[:2]}).splitlines()
+    assert rows[2:] == ["| ingress | 2 | 1 | 100, 100 | +1.0, +1.0 | 20, 21, 21 |", "| model | 1 | 0 | | | |"]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,10 @@ HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
 }
-POLL_PERIOD_S, PARTLY_READY_PERIOD_S = 0.1, 1.0
+# How often `/readyz` is asked; once a model is ready, for others that may come later.
+POLL_PERIOD_S, PARTLY_READY_PERIOD_S = 0.1, 0.5
+# States of a model that nobody needs to wait for.
+SETTLED = {"ready", "asleep"}
 # How often a start that takes long says what it waits for.
 NOTICE_PERIOD_S = 20.0
 # After this long a stop is no longer asked for, but forced.
@@ -167,7 +170,7 @@ def _check_cluster(config: Path) -> None:
 def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None:
     """Wait until the service can embed, and say so of each model once; then wait for a signal or the child's end."""
     started = noticed = time.monotonic()
-    said: list[str] = []
+    said: set[str] = set()
     all_ready = False
     while not stopping and child.poll() is None:
         time.sleep(PARTLY_READY_PERIOD_S if said else POLL_PERIOD_S)
@@ -175,14 +178,16 @@ def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None
             continue
         status, state = _get(f"{url}/readyz")
         if status == 200:
-            all_ready = set(state["models"].values()) == {"ready"}
-            _, models = _get(f"{url}/v1/models")
+            listed, models = _get(f"{url}/v1/models")
+            if listed not in (200, 401):
+                continue
+            all_ready = set(state["models"].values()) <= SETTLED
             # What is not ready is said when the first one is: it may never be.
             lines = [line for line in ready_lines(url, state, models) if not said or line.startswith("READY ")]
             for line in lines:
                 if line not in said:
                     print(f"{line} ({time.monotonic() - started:.1f} s)", flush=True)
-            said += lines
+            said.update(lines)
         elif said:
             continue
         elif time.monotonic() - noticed > NOTICE_PERIOD_S:
@@ -200,7 +205,7 @@ def ready_lines(url: str, state: dict[str, Any], models: dict[str, Any]) -> list
         f"from {model['origin']}"
         for model in models.get("data", [])
     ] or [f"READY {url}/v1 (what it serves needs a key to be listed)"]
-    return lines + [f"NOT READY {name}: {reason}" for name, reason in state["models"].items() if reason != "ready"]
+    return lines + [f"NOT READY {name}: {reason}" for name, reason in state["models"].items() if reason not in SETTLED]
 
 
 def _get(url: str) -> tuple[int, dict[str, Any]]:

@@ -5,7 +5,7 @@
 Work is counted in each stage's own unit, tokens or characters. `waiting` is all that was asked of a stage and is not
 done, at its replicas and at those who call it; `arriving` and `rate` are work a second, asked of the stage and done by
 one replica of it that is busy. Replicas report these through Serve (`record_autoscaling_stats`). The Ingress reports
-its own work in seconds of a core: what it has open costs it nothing, be it a thousand clients who send slowly. Where
+its own work in seconds of a core, and not what it has open, which may be a thousand clients who send slowly. Where
 the work of a stage is not reported yet, its requests in progress over `target_ongoing_requests` are the need.
 
 Serve's controller imports this file, so it imports nothing but the standard library; and since a policy that raises
@@ -34,7 +34,7 @@ def waiting_for(deployment: str) -> str:
 
 
 def asked_of(deployment: str) -> str:
-    """The name of what a caller reports of all the work that it ever asked of another deployment."""
+    """The name of what is reported of all the work that a deployment was ever asked for, by its callers or itself."""
     return f"asked:{deployment}"
 
 

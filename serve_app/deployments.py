@@ -270,7 +270,7 @@ class Ingress:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What serve_app.autoscale decides by: the work that is held here, and all that was asked, of each stage; and
-        this replica's own, in seconds of the one core that its loop can use."""
+        this replica's own, in seconds of the one core that nearly all of it shares."""
         held = zip(self._stages, self._catalog.pipelines, strict=True)
         stats = {name: work for stages, pipeline in held for name, work in stages.report(pipeline).items()}
         return stats | {asked_of("Ingress"): time.process_time(), RATE: 1.0}

@@ -1,6 +1,6 @@
 """`python -m loadtest.chaos.soak`: a kill a minute for an hour of mixed load, and what the processes hold meanwhile.
 
-Ends with status 1 where a request was lost.
+Ends with status 1 where a request was not answered rightly, or a kill was not got over.
 """
 
 import argparse

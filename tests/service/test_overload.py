@@ -17,7 +17,8 @@ pytestmark = pytest.mark.service
 # Fifty-odd tokens; the sleeping engine does some eighteen of these a second, and a busy machine sends many more.
 TEXT = " ".join(["how long does red wine keep in the fridge"] * 5)
 DEADLINE_S = 2.0
-TOO_MANY = 500
+TOO_MANY = 250
+REFUSED_TIMEOUT_S = 120.0
 
 
 def asleep(config: dict[str, Any]) -> None:
@@ -53,7 +54,7 @@ async def test_what_would_come_too_late_is_refused_and_the_rest_is_answered(serv
     answers = await flood(service, TOO_MANY)
     statuses = Counter(answer.status_code for answer, _ in answers)
     # Two seconds' worth, and what is done while a busy machine still sends; one that stands still makes some late.
-    assert 20 <= statuses[200] <= 250 and statuses[429] >= TOO_MANY / 3, statuses
+    assert 20 <= statuses[200] <= TOO_MANY * 2 / 3 and statuses[429] >= TOO_MANY / 3, statuses
     assert statuses[200] + statuses[429] + statuses[504] == TOO_MANY and statuses[504] <= 20, statuses
     for answer, _ in answers:
         if answer.status_code == 429:
@@ -68,14 +69,21 @@ async def test_what_would_come_too_late_is_refused_and_the_rest_is_answered(serv
 async def test_openais_client_is_told_and_its_own_retries_get_an_answer(service: Service) -> None:
     headers = {"x-deadline-ms": str(round(DEADLINE_S * 1e3))}
     async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", default_headers=headers) as client:
-        flooding = asyncio.create_task(flood(service, TOO_MANY))
+        is_refused = asyncio.Event()
+
+        async def keep_flooding() -> None:
+            while not is_refused.is_set():
+                await flood(service, TOO_MANY)
+
+        flooding = asyncio.create_task(keep_flooding())
         refused = None
-        while refused is None:
-            assert not flooding.done(), "nothing was refused"
-            try:
-                await client.with_options(max_retries=0).embeddings.create(model=MODEL, input=TEXT)
-            except openai.RateLimitError as error:
-                refused = error
+        async with asyncio.timeout(REFUSED_TIMEOUT_S):
+            while refused is None:
+                try:
+                    await client.with_options(max_retries=0).embeddings.create(model=MODEL, input=TEXT)
+                except openai.RateLimitError as error:
+                    refused = error
+        is_refused.set()
         assert "What waits before this request takes about" in refused.message
         answer = await client.with_options(max_retries=5).embeddings.create(model=MODEL, input=TEXT)
         assert len(answer.data[0].embedding) == 384

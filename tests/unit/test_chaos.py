@@ -16,7 +16,7 @@ import uvicorn
 
 from loadtest.chaos import soak, tally
 from loadtest.chaos.faults import FAULTS, SHORT
-from loadtest.chaos.load import LIST, LONG, Load, known_vectors, texts_of
+from loadtest.chaos.load import LIST, LONG, OPENAI_EVERY, Load, known_vectors, texts_of
 from loadtest.chaos.table import COLUMNS, table
 from loadtest.chaos.tally import Promise, Record, Seen, broken, is_refusal
 from loadtest.traffic.kinds import QUERIES
@@ -189,5 +189,6 @@ def test_answers_are_judged(told: tuple[Told, str], how: str, raw: str, openai: 
 
 def test_a_connection_that_is_refused_is_a_failure() -> None:
     with Load("http://127.0.0.1:9", rate=40) as load:
-        time.sleep(0.2)
+        while len(load.records) + len(load.waiting_s()) < 2 * OPENAI_EVERY:
+            time.sleep(0.01)
     assert {(each.client, each.outcome) for each in load.records} == {("raw", "failed"), ("openai", "failed")}

@@ -188,9 +188,7 @@ def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None
                 if line not in said:
                     print(f"{line} ({time.monotonic() - started:.1f} s)", flush=True)
             said.update(lines)
-        elif said:
-            continue
-        elif time.monotonic() - noticed > NOTICE_PERIOD_S:
+        elif not said and time.monotonic() - noticed > NOTICE_PERIOD_S:
             noticed = time.monotonic()
             reasons = "; ".join(f"{name}: {reason}" for name, reason in state.get("models", {}).items())
             print(f"serve: not ready after {noticed - started:.0f} s: {reasons or 'starting'}", flush=True)

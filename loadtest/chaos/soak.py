@@ -109,8 +109,7 @@ def run(minutes: float, rate: float, logs: Path | None) -> tuple[str, bool]:
             name = next(kills)
             recovered.setdefault(name, []).append(once(FAULTS[name], service, load, usual_s))
             now = datetime.now().time().isoformat("seconds")
-            so_far = tally(load.records)
-            lost = sum(count for (_, outcome), count in so_far.counts.items() if outcome != "right")
+            lost = tally(load.records).details.total()
             print(f"soak: {now} {name} over after {recovered[name][-1]:.1f} s, {lost} not right so far", flush=True)
             time.sleep(max(0.0, started + turn * PERIOD_S - time.monotonic()))
     whole = tally(load.records)
@@ -118,7 +117,6 @@ def run(minutes: float, rate: float, logs: Path | None) -> tuple[str, bool]:
         f"{len(each)} x {name} (over after {statistics.median(each):.1f} s, at most {max(each):.1f})"
         for name, each in recovered.items()
     ]
-    not_right = sum(count for (_, outcome), count in whole.counts.items() if outcome != "right")
     of_the_plain = {outcome: whole.of("raw", outcome) for outcome in ("right", "refused", "failed", "wrong")}
     text = "\n".join(
         (
@@ -132,7 +130,7 @@ def run(minutes: float, rate: float, logs: Path | None) -> tuple[str, bool]:
             held(samples),
         )
     )
-    return text, not not_right and all(map(math.isfinite, itertools.chain(*recovered.values())))
+    return text, not whole.details and all(map(math.isfinite, itertools.chain(*recovered.values())))
 
 
 def main() -> int:

@@ -12,10 +12,11 @@ PACKAGE = Path(serve_app.__file__).parent
 ORDER = (
     "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
     "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "tokens",
-    "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "deployments", "__main__",
+    "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "haproxy",
+    "deployments", "__main__",
 )  # fmt: skip
 HOMES = {
-    "ray": {"deployments"},
+    "ray": {"deployments", "haproxy"},
     "fastapi": {"http"},
     "torch": {"engines.torch"},
     "openvino": {"engines.openvino"},

@@ -1,0 +1,109 @@
+"""HAProxy outlives a Serve actor that died, and is back at once where it died itself.
+
+Ray ends the process group of a worker that died, HAProxy with it, and Serve takes some eight seconds to have another:
+until then every connection is refused. Ray's class is the base here, so this file belongs to the one release of Ray
+that pyproject.toml names.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from asyncio.subprocess import Process
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ray.serve._private import haproxy
+
+# How long a new actor leaves the service to the HAProxy that it found, until it knows the replicas itself. Serve itself
+# gives an actor five seconds to be ready.
+TARGETS_TIMEOUT_S = 2.0
+# How often it is looked whether HAProxy lives, and how long after a start that failed the next is tried.
+WATCH_PERIOD_S, RETRY_S = 0.05, 1.0
+
+logger = logging.getLogger("ray.serve")
+
+
+class LastingHAProxy(haproxy.HAProxyApi):
+    """Serve's HAProxy, started outside the actor's process group, and with the sockets of whichever ran before."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._changing = asyncio.Lock()
+        self._has_targets = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start; where one is found running, not before there is something to route to."""
+        try:
+            os.setpgid(0, os.getpgid(os.getppid()))  # the raylet's, which Ray does not end with this actor
+        except OSError as error:
+            logger.warning(f"HAProxy will end with this actor, whose process group can't be changed: {error}")
+        if self._running():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._has_targets.wait(), TARGETS_TIMEOUT_S)
+        await super().start()
+        self._keeper = asyncio.create_task(self._keep())
+
+    def set_backend_configs(self, backend_configs: dict[str, haproxy.BackendConfig]) -> None:
+        """What to route to from the next start or reload on."""
+        super().set_backend_configs(backend_configs)
+        if backend_configs:
+            self._has_targets.set()
+
+    async def stop(self) -> None:
+        """End it for good, and whatever else runs with this node's configuration: nobody else would."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        async with self._changing:
+            await super().stop()
+            for pid in self._running():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    async def _keep(self) -> None:
+        """Start it again the moment it dies; looked at again and again, as a reload puts another one in its place."""
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            try:
+                async with self._changing:
+                    await self._revive()
+            except Exception:
+                logger.exception("HAProxy could not be started again")
+                await asyncio.sleep(RETRY_S)
+
+    async def _revive(self) -> None:
+        dead = self._proc
+        # One that answers is another actor's, which has taken this one's place.
+        if dead is None or dead.returncode is None or await self._get_running_pid() is not None:
+            return
+        logger.warning(f"HAProxy (process {dead.pid}) ended with {dead.returncode}, and is started again")
+        self._proc = await self._start_and_wait_for_haproxy()
+        self._retire_log_files(dead)
+
+    async def _graceful_reload(self) -> None:
+        async with self._changing:
+            if self._proc is not None and self._proc.returncode is not None:
+                await self._revive()  # it reads the new configuration, too
+            else:
+                await super()._graceful_reload()
+
+    async def _start_and_wait_for_haproxy(self, *arguments: str, **options: Any) -> Process:
+        """Where it is no reload, have whichever ran before hand over its sockets, and finish what it has."""
+        if not arguments and (running := self._running()):
+            can_hand_over = await self._get_running_pid() is not None
+            arguments = ("-sf", *running, *(["-x", self.cfg.socket_path] if can_hand_over else []))
+        return await super()._start_and_wait_for_haproxy(*arguments, **options)
+
+    def _running(self) -> list[str]:
+        """The ids of all that run with this node's configuration, whichever actor started them."""
+        return [path.name for path in Path("/proc").glob("[0-9]*") if self._is_our_haproxy(int(path.name))]
+
+
+def last() -> None:
+    """Have Serve's controller (RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH) give its actors this class.
+
+    They get their own class by value, and with it what that calls HAProxyApi.
+    """
+    haproxy.HAProxyApi = LastingHAProxy  # type: ignore[misc]

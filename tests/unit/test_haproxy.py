@@ -1,0 +1,227 @@
+"""HAProxy under one keeper after another: the real program, a small server behind it, and requests all the while."""
+
+import asyncio
+import os
+import signal
+import socket
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+from ray.serve._private import haproxy
+from ray.serve.config import HTTPOptions
+
+from serve_app.haproxy import LastingHAProxy, last
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
+
+
+@pytest.fixture(autouse=True)
+def group(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What was asked of the process group of these tests, which stays as it is."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "setpgid", lambda *ids: asked.append(ids))
+    return asked
+
+
+class House:
+    """Keepers of one node: they share its files and ports."""
+
+    def __init__(self, folder: Path, *servers: int) -> None:
+        self._file = str(folder / "haproxy.cfg")
+        self._ports = [free_port() for _ in range(3)]
+        self.port = self._ports[0]
+        self._folder = folder
+        self.backends = {
+            "app": haproxy.BackendConfig(
+                "app", "/", servers=[haproxy.ServerConfig(f"on-{port}", "127.0.0.1", port) for port in servers]
+            )
+        }
+
+    def keeper(self) -> LastingHAProxy:
+        port, stats, metrics = self._ports
+        config = haproxy.HAProxyConfig(
+            socket_path=str(self._folder / "admin.sock"),
+            server_state_base=str(self._folder),
+            server_state_file=str(self._folder / "state"),
+            stats_port=stats,
+            metrics_port=metrics,
+            metrics_enabled=False,
+            nbthread=1,
+            http_options=HTTPOptions(host="127.0.0.1", port=port),
+        )
+        return LastingHAProxy(cfg=config, config_file_path=self._file)
+
+    async def is_served(self) -> bool:
+        return await asyncio.to_thread(self._ask)
+
+    def _ask(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=5) as answer:
+                return bool(answer.read() == b"ok")
+        except OSError:
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def server(answer: bytes) -> AsyncIterator[int]:
+    """One that answers every request alike, or with nothing; its port."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        _, _, size = head.partition(b"content-length: ")
+        with suppress(asyncio.IncompleteReadError):
+            await reader.readexactly(int(size.split()[0]) if size and answer else 0)
+        writer.write(ANSWER if b"/-/healthz" in head else answer)
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listening:
+        yield listening.sockets[0].getsockname()[1]
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with server(ANSWER) as port:
+        yield House(tmp_path, port)
+
+
+@asynccontextmanager
+async def asked(house: House) -> AsyncIterator[list[bool]]:
+    """Requests one after another while the block runs; whether each was answered."""
+    answers: list[bool] = []
+
+    async def ask() -> None:
+        while True:
+            answers.append(await house.is_served())
+
+    asking = asyncio.create_task(ask())
+    yield answers
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await holds():  # noqa: ASYNC110 # of another process
+            await asyncio.sleep(0.01)
+
+
+def pid(keeper: LastingHAProxy) -> int:
+    assert keeper._proc is not None
+    return keeper._proc.pid
+
+
+def forget(keeper: LastingHAProxy) -> None:
+    """As if its actor was killed."""
+    assert keeper._keeper is not None
+    keeper._keeper.cancel()
+
+
+async def test_the_next_keeper_takes_over_and_no_request_fails(house: House, group: list[tuple[int, int]]) -> None:
+    first, second = house.keeper(), house.keeper()
+    first.set_backend_configs(house.backends)
+    await first.start()
+    assert group == [(0, os.getpgid(os.getppid()))]
+    forget(first)
+    async with asked(house) as answers:
+        starting = asyncio.create_task(second.start())
+        await asyncio.sleep(0.5)
+        assert second._proc is None  # it knows nothing to route to yet
+        second.set_backend_configs(house.backends)
+        await starting
+        assert first._proc is not None
+        await asyncio.wait_for(first._proc.wait(), 10)
+        before = len(answers)
+        await until(lambda: asyncio.sleep(0, len(answers) > before + 5))
+    assert all(answers)
+    await until(lambda: asyncio.sleep(0, second._running() == [str(pid(second))]))
+    await second.stop()
+    assert second._running() == []
+
+
+async def test_what_died_is_started_again(house: House) -> None:
+    keeper = house.keeper()
+    keeper.set_backend_configs(house.backends)
+    await keeper.start()
+    for _ in range(2):
+        killed = pid(keeper)
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda old=killed: asyncio.sleep(0, pid(keeper) != old))  # type: ignore[misc]
+        assert await house.is_served()
+    await keeper.stop()
+    await until(lambda: asyncio.sleep(0, keeper._running() == []))
+
+
+async def test_what_died_after_a_reload_is_started_again_while_the_one_before_still_has_clients(house: House) -> None:
+    keeper = house.keeper()
+    keeper.set_backend_configs(house.backends)
+    await keeper.start()
+    _, writer = await asyncio.open_connection("127.0.0.1", house.port)
+    writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\n")  # it waits for the rest
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    first = pid(keeper)
+    await keeper.reload()
+    killed = pid(keeper)
+    assert str(first) in keeper._running() and killed != first
+    os.kill(killed, signal.SIGKILL)
+    await until(lambda: asyncio.sleep(0, pid(keeper) != killed))
+    assert await house.is_served()
+    await keeper.stop()
+    await until(lambda: asyncio.sleep(0, keeper._running() == []))
+    writer.close()
+
+
+async def test_a_reload_while_it_is_dead_starts_it(house: House) -> None:
+    keeper = house.keeper()
+    await keeper.start()
+    forget(keeper)
+    assert keeper._proc is not None
+    os.kill(pid(keeper), signal.SIGKILL)
+    await keeper._proc.wait()
+    keeper.set_backend_configs(house.backends)
+    await keeper.reload()
+    assert await house.is_served()
+    await keeper.stop()
+
+
+async def test_one_that_cannot_be_asked_is_replaced_all_the_same(house: House) -> None:
+    first, second = house.keeper(), house.keeper()
+    await first.start()
+    forget(first)
+    os.unlink(first.cfg.socket_path)
+    second.set_backend_configs(house.backends)
+    await second.start()
+    assert await house.is_served()
+    await second.stop()
+
+
+async def test_where_nothing_is_to_be_served_the_next_keeper_takes_over_as_well(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.haproxy.TARGETS_TIMEOUT_S", 0.1)
+    first, second = house.keeper(), house.keeper()
+    await first.start()
+    forget(first)
+    await second.start()
+    assert pid(second) != pid(first)
+    await second.stop()
+
+
+def test_serves_actors_are_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(haproxy, "HAProxyApi", haproxy.HAProxyApi)
+    actor = haproxy.HAProxyManager.__ray_metadata__.modified_class
+    assert b"LastingHAProxy" not in cloudpickle.dumps(actor)
+    last()
+    assert b"LastingHAProxy" in cloudpickle.dumps(actor)

@@ -11,7 +11,8 @@ from tests.service.conftest import ROOT, Keeper
 
 pytestmark = pytest.mark.service
 
-TIMEOUT_S = 280
+# It takes under three minutes; a machine that is busy took more than five. What is promised has limits of its own.
+TIMEOUT_S = 600
 
 
 def test_what_is_promised_holds_while_processes_are_killed(keeper: Keeper, tmp_path: Path) -> None:

@@ -3,10 +3,9 @@
 import asyncio
 import os
 import signal
-import socket
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from ray.serve._private import haproxy
 from ray.serve.config import HTTPOptions
 
 from serve_app.haproxy import LastingHAProxy, last
+from tests.service.conftest import free_port
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 
@@ -30,15 +30,13 @@ def group(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 class House:
     """Keepers of one node: they share its files and ports."""
 
-    def __init__(self, folder: Path, *servers: int) -> None:
+    def __init__(self, folder: Path, server: int) -> None:
         self._file = str(folder / "haproxy.cfg")
         self._ports = [free_port() for _ in range(3)]
         self.port = self._ports[0]
         self._folder = folder
         self.backends = {
-            "app": haproxy.BackendConfig(
-                "app", "/", servers=[haproxy.ServerConfig(f"on-{port}", "127.0.0.1", port) for port in servers]
-            )
+            "app": haproxy.BackendConfig("app", "/", servers=[haproxy.ServerConfig("server", "127.0.0.1", server)])
         }
 
     def keeper(self) -> LastingHAProxy:
@@ -66,34 +64,17 @@ class House:
             return False
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@asynccontextmanager
-async def server(answer: bytes) -> AsyncIterator[int]:
-    """One that answers every request alike, or with nothing; its port."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        _, _, size = head.partition(b"content-length: ")
-        with suppress(asyncio.IncompleteReadError):
-            await reader.readexactly(int(size.split()[0]) if size and answer else 0)
-        writer.write(ANSWER if b"/-/healthz" in head else answer)
-        writer.close()
-
-    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with listening:
-        yield listening.sockets[0].getsockname()[1]
-
-
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with server(ANSWER) as port:
-        yield House(tmp_path, port)
+    """A house with one server behind it, which answers every request alike."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ANSWER)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        yield House(tmp_path, listening.sockets[0].getsockname()[1])
 
 
 @asynccontextmanager

@@ -95,7 +95,11 @@ async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
                 await asyncio.sleep(0.1)
         done.set()
 
-    failed = [f"{answer.status_code} {answer.text[:200]}" for answer in answers if answer.status_code != 200]
+    failed = [  # with the headers, which tell whose answer it is: HAProxy's, Serve's proxy's or the service's
+        f"{answer.status_code} {answer.text[:200]} {dict(answer.headers)}"
+        for answer in answers
+        if answer.status_code != 200
+    ]
     assert failed == [], f"{len(failed)} of {len(answers)}"
     lengths = np.array(
         [[np.linalg.norm(item["embedding"]) for item in answer.json()["data"]] for answer in answers], np.float32

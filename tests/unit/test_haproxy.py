@@ -5,10 +5,11 @@ import os
 import signal
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from ray import cloudpickle
 from ray.serve._private import haproxy
 from ray.serve.config import HTTPOptions
@@ -16,6 +17,7 @@ from ray.serve.config import HTTPOptions
 from serve_app.haproxy import LastingHAProxy, last
 from tests.service.conftest import free_port
 
+CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 
 
@@ -30,13 +32,15 @@ def group(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 class House:
     """Keepers of one node: they share its files and ports."""
 
-    def __init__(self, folder: Path, server: int) -> None:
+    def __init__(self, folder: Path, *servers: int) -> None:
         self._file = str(folder / "haproxy.cfg")
         self._ports = [free_port() for _ in range(3)]
         self.port = self._ports[0]
         self._folder = folder
         self.backends = {
-            "app": haproxy.BackendConfig("app", "/", servers=[haproxy.ServerConfig("server", "127.0.0.1", server)])
+            "app": haproxy.BackendConfig(
+                "app", "/", servers=[haproxy.ServerConfig(f"on-{port}", "127.0.0.1", port) for port in servers]
+            )
         }
 
     def keeper(self) -> LastingHAProxy:
@@ -49,6 +53,9 @@ class House:
             metrics_port=metrics,
             metrics_enabled=False,
             nbthread=1,
+            retry_on=yaml.safe_load(CONFIG.read_text())["controller_options"]["runtime_env"]["env_vars"][
+                "RAY_SERVE_HAPROXY_RETRY_ON"
+            ],
             http_options=HTTPOptions(host="127.0.0.1", port=port),
         )
         return LastingHAProxy(cfg=config, config_file_path=self._file)
@@ -64,17 +71,27 @@ class House:
             return False
 
 
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    """A house with one server behind it, which answers every request alike."""
+@asynccontextmanager
+async def server(answer: bytes) -> AsyncIterator[int]:
+    """One that answers every request alike, or with nothing; its port."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(ANSWER)
+        head = await reader.readuntil(b"\r\n\r\n")
+        _, _, size = head.partition(b"content-length: ")
+        with suppress(asyncio.IncompleteReadError):
+            await reader.readexactly(int(size.split()[0]) if size and answer else 0)
+        writer.write(ANSWER if b"/-/healthz" in head else answer)
         writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
-        yield House(tmp_path, listening.sockets[0].getsockname()[1])
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listening:
+        yield listening.sockets[0].getsockname()[1]
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with server(ANSWER) as port:
+        yield House(tmp_path, port)
 
 
 @asynccontextmanager
@@ -198,6 +215,26 @@ async def test_where_nothing_is_to_be_served_the_next_keeper_takes_over_as_well(
     await second.start()
     assert pid(second) != pid(first)
     await second.stop()
+
+
+@pytest.mark.parametrize(("size", "saved"), [(200, True), (12_000, True), (40_000, False)])
+async def test_what_a_replica_had_when_it_died_is_sent_to_another(tmp_path: Path, size: int, saved: bool) -> None:
+    """If HAProxy has all of it: also of a client that sends head and body apart, as Python's do."""
+    async with server(ANSWER) as good, server(b"") as dying:
+        house = House(tmp_path, good, dying)
+        keeper = house.keeper()
+        keeper.set_backend_configs(house.backends)
+        await keeper.start()
+        answers = []
+        for _ in range(2):  # each of the two has its turn
+            reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
+            writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % size)
+            await asyncio.sleep(0.05)
+            writer.write(b"x" * size)
+            answers.append((await reader.readuntil(b"\r\n")).split()[1])
+            writer.close()
+        assert sorted(answers) == [b"200", b"200" if saved else b"500"]
+        await keeper.stop()
 
 
 def test_serves_actors_are_given_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ ERRORS: Mapping[type[EmbeddingError], tuple[int, str, str | None]] = {
 }
 DEADLINE_HEADER = "x-deadline-ms"  # in how long a client wants its answer, or none
 LOADING_RETRY_AFTER_S = 2  # after which a client should ask again for a model that is loading
-READY_TIMEOUT_S = 5.0  # that `/readyz` gives one short text to come back
+READY_TIMEOUT_S = 5.0  # that `/readyz` gives one short text to come back, and a model to say what it serves
 
 
 def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIApp:
@@ -76,7 +76,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         try:
             async with asyncio.timeout(limit_s):  # of a client that sends slowly, too
                 asked = wire.parse(await _read_body(request, settings.max_body_bytes), settings.max_inputs)
-                pipeline = catalog.find(asked.model)
+                pipeline = await catalog.find(asked.model, arrived + limit_s)
                 answer = await pipeline.embed(asked.inputs, arrived + limit_s, asked.refuse_truncation, is_gone())
         except TimeoutError:
             raise DeadlineExceeded(f"No answer within the limit of {limit_s:g} s.") from None
@@ -105,7 +105,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
     async def model(request: Request) -> Response:
         _authenticate(request, keys)
         name = request.path_params["id"]
-        served = catalog.find(name).served
+        served = (await catalog.find(name, time.monotonic() + READY_TIMEOUT_S)).served
         assert served is not None, "the catalog found a model that was never described. This is a bug."
         return _json(_model(name, served))
 

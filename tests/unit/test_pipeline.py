@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from serve_app.answers import Embedded
+from serve_app.answers import Described, Embedded
 from serve_app.catalog import Catalog
 from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, Overloaded, TooManyTokens
 from serve_app.packing import ClientIds, Packed
@@ -153,26 +153,38 @@ def catalog(*stages: HandStages) -> Catalog:
 
 
 async def test_every_name_finds_its_model_and_only_served_ones_are_listed() -> None:
-    models = catalog(HandStages(), HandStages("other/model"))
-    await models.pipelines[0].discover(FAR)
+    absent = HandStages()
+    absent.failure = ModelUnavailable("no replica")
+    models = catalog(HandStages(), absent)
+    assert models.served() == []
+    assert await models.find("ivy", FAR) is await models.find("Mihaiii/Ivysaur", FAR) is models.pipelines[0]
     assert [name for name, _, _ in models.served()] == ["Mihaiii/Ivysaur", "ivy"]
-    assert models.find("ivy") is models.find("Mihaiii/Ivysaur") is models.pipelines[0]
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
-        models.find("other/model")
+        await models.find("other/model", FAR)
     with pytest.raises(
         ModelNotFound, match=r"`gpt` does not exist here. Models that are served: `Mihaiii/Ivysaur`, `ivy`"
     ):
-        models.find("gpt")
+        await models.find("gpt", FAR)
 
 
 async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
     models = catalog(HandStages("sentence-transformers/all-MiniLM-L6-v2"))
-    await models.pipelines[0].discover(FAR)
+    assert await models.find("sentence-transformers/all-MiniLM-L6-v2", FAR) is models.pipelines[0]
     assert [name for name, _, _ in models.served()] == ["sentence-transformers/all-MiniLM-L6-v2"]
-    assert models.find("sentence-transformers/all-MiniLM-L6-v2") is models.pipelines[0]
     for name in ("Mihaiii/Ivysaur", "ivy"):
         with pytest.raises(ModelNotFound, match=r"all-MiniLM-L6-v2` was loaded in its place .* .setting `sources`"):
-            models.find(name)
+            await models.find(name, FAR)
+
+
+async def test_nobody_waits_for_what_another_model_serves() -> None:
+    class Silent(HandStages):
+        async def describe(self, deadline: float) -> Described:
+            return await asyncio.Future()
+
+    models = catalog(HandStages(), Silent())
+    assert await models.find("ivy", FAR) is models.pipelines[0]
+    with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
+        await models.find("other/model", time.monotonic() + 0.01)
 
 
 def held(shared: Pipeline, tokens: int, tokens_per_s: float, bulk: bool = False) -> None:

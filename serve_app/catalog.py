@@ -1,12 +1,17 @@
 """The configured models by name, and which names are really served."""
 
 import asyncio
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from serve_app.answers import Served
 from serve_app.errors import EmbeddingError, ModelNotFound, ModelUnavailable
 from serve_app.pipeline import Pipeline
+from serve_app.settings import EMBEDDED_ID
+
+# How long a request is held for a model of which nothing is known yet, and how often the model is asked meanwhile: two
+# questions that nobody answers. One that loads takes longer; then the client is told, and tries again.
+ASK_TIMEOUT_S, ASK_PERIOD_S = 10.0, 0.25
 
 
 class Catalog:
@@ -30,21 +35,21 @@ class Catalog:
     async def find(self, name: str, deadline: float) -> Pipeline:
         """The pipeline behind a name, once the replicas that may answer to it have said what they serve.
 
-        Raises ModelNotFound, or ModelUnavailable where they did not say it before `deadline`.
+        Raises ModelNotFound; or ModelUnavailable where they did not say it before `deadline`, or for too long.
         """
         configured = self._configured.get(name)
-        if (found := self._serving(name)) is None:
-            # A new replica of the ingress knows nothing yet, and a name may be that of what stands in for another.
-            asked = [configured] if configured else self.pipelines
-            await asyncio.gather(*(_ask(pipeline, deadline) for pipeline in asked if not pipeline.served))
-            found = self._serving(name)
-        if found:
+        if (found := self._serving(name)) is not None:
             return found
-        if configured is None:
+        # A new replica of the ingress knows nothing yet, and a name may be that of what stands in for another model.
+        unknown = [each for each in ([configured] if configured else self._stand_ins(name)) if not each.served]
+        await asyncio.gather(*(_ask(pipeline, deadline) for pipeline in unknown))
+        if (found := self._serving(name)) is not None:
+            return found
+        if any(not pipeline.served for pipeline in unknown):
+            raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
+        if configured is None or configured.served is None:
             known = ", ".join(f"`{known}`" for known, _, _ in self.served()) or "none yet"
             raise ModelNotFound(f"The model `{name[:200]}` does not exist here. Models that are served: {known}.")
-        if configured.served is None:
-            raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
         raise ModelNotFound(
             f"The model `{name}` is not served here: its weights were not found, and `{configured.served.id}` was "
             f"loaded in its place ({configured.served.origin}). Ask for that name, or give the service the weights of "
@@ -57,8 +62,16 @@ class Catalog:
             return configured
         return next((pipeline for served_name, pipeline, _ in self.served() if served_name == name), None)
 
+    def _stand_ins(self, name: str) -> list[Pipeline]:
+        """The pipelines that may turn out to serve that name though it is none of theirs."""
+        return [each for each in self.pipelines if name == EMBEDDED_ID and "embedded" in each.settings.sources]
+
 
 async def _ask(pipeline: Pipeline, deadline: float) -> None:
-    """Have it known what the pipeline serves, if its replicas can tell."""
-    with suppress(EmbeddingError):
-        await pipeline.discover(deadline)
+    """Ask the replicas what they serve until they tell, or it takes too long."""
+    deadline = min(deadline, time.monotonic() + ASK_TIMEOUT_S)
+    while not pipeline.served and time.monotonic() < deadline:
+        try:
+            await pipeline.discover(deadline)
+        except EmbeddingError:  # not yet; the caller is told if it stays so
+            await asyncio.sleep(ASK_PERIOD_S)

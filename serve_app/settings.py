@@ -13,6 +13,9 @@ ModelName = Annotated[
     str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)*$")
 ]
 
+# The name under which the source `embedded` is served.
+EMBEDDED_ID = "sentence-transformers/all-MiniLM-L6-v2"
+
 
 class Frozen(BaseModel):
     """Settings do not change after they were checked, and a name that does not exist is an error."""

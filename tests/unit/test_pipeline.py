@@ -148,7 +148,7 @@ async def test_all_who_ask_at_once_what_is_served_share_one_question() -> None:
 
 
 def catalog(*stages: HandStages) -> Catalog:
-    settings = [ModelSettings(aliases=("ivy",)), ModelSettings(id="other/model")]
+    settings = [ModelSettings(aliases=("ivy",), sources=("hub", "embedded")), ModelSettings(id="other/model")]
     return Catalog([Pipeline(model, stage, 1000) for model, stage in zip(settings, stages, strict=False)])
 
 
@@ -160,7 +160,7 @@ async def test_every_name_finds_its_model_and_only_served_ones_are_listed() -> N
     assert await models.find("ivy", FAR) is await models.find("Mihaiii/Ivysaur", FAR) is models.pipelines[0]
     assert [name for name, _, _ in models.served()] == ["Mihaiii/Ivysaur", "ivy"]
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
-        await models.find("other/model", FAR)
+        await models.find("other/model", time.monotonic() + 0.01)
     with pytest.raises(
         ModelNotFound, match=r"`gpt` does not exist here. Models that are served: `Mihaiii/Ivysaur`, `ivy`"
     ):
@@ -176,7 +176,20 @@ async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
             await models.find(name, FAR)
 
 
-async def test_nobody_waits_for_what_another_model_serves() -> None:
+async def test_who_asks_early_waits_until_the_replicas_have_spoken() -> None:
+    stages = HandStages("sentence-transformers/all-MiniLM-L6-v2")
+    stages.failure = ModelUnavailable("no replica")
+    models = catalog(stages)
+    asking = [asyncio.create_task(models.find(name, FAR)) for name in (stages.model, "ivy")]
+    with pytest.raises(ModelNotFound, match="`gpt` does not exist"):
+        await models.find("gpt", FAR)  # nothing may turn out to serve that
+    assert not any(task.done() for task in asking)
+    stages.failure = None
+    found, stood_in = await asyncio.gather(*asking, return_exceptions=True)
+    assert found is models.pipelines[0] and isinstance(stood_in, ModelNotFound)
+
+
+async def test_nobody_waits_for_another_model_or_past_the_deadline() -> None:
     class Silent(HandStages):
         async def describe(self, deadline: float) -> Described:
             return await asyncio.Future()

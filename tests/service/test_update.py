@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,13 +15,15 @@ import pytest
 import yaml
 
 from tests.model import MODEL
-from tests.service.conftest import Keeper, get
+from tests.service.conftest import Keeper, free_port, get
 
 pytestmark = pytest.mark.service
 
 CLIENTS = 4
 TEXTS = ["red shoes", "how long does red wine keep in the fridge", "tax return"]
 UPDATE_TIMEOUT_S = 180.0
+DASHBOARD = "http://127.0.0.1:8265"
+LOG_PORT = free_port()  # where HAProxy sends its log, which tells whose a failure was
 
 
 def two_of_each(config: dict[str, Any]) -> None:
@@ -30,6 +33,20 @@ def two_of_each(config: dict[str, Any]) -> None:
     for deployment in application["deployments"]:
         del deployment["autoscaling_config"]
         deployment |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}
+    for environment in (config["controller_options"]["runtime_env"], application["runtime_env"]):
+        environment["env_vars"]["RAY_SERVE_HAPROXY_LOG_TARGET"] = f"127.0.0.1:{LOG_PORT}"
+
+
+class Failures(asyncio.DatagramProtocol):
+    """The lines of HAProxy's log about requests with a status of 500 or more, or none."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def datagram_received(self, data: bytes, addr: object) -> None:
+        line = data.decode()
+        if re.search(r' (5\d\d|-1) \d+ .*"POST ', line):
+            self.lines.append(line)
 
 
 def other_settings(application: dict[str, Any]) -> None:
@@ -44,13 +61,10 @@ def other_model(application: dict[str, Any]) -> None:
     application["args"]["models"][0]["normalize"] = False  # other vectors for every text
 
 
-def run(tool: str, *arguments: str) -> str:
-    """What a command of Ray prints, which is let into the cluster that `serve run` started."""
+def run(tool: str, *arguments: str, **environment: str) -> str:
+    """What a command of Ray prints."""
     command = [str(Path(sys.executable).with_name(tool)), *arguments]
-    environment = dict(os.environ)
-    if tool != "ray":
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": run("ray", "get-auth-token").strip()}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -59,48 +73,51 @@ async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
     service = keeper.get(two_of_each)
     config = yaml.safe_load(service.log.with_name("serve_config.yaml").read_text())
     answers: list[httpx.Response] = []
+    listening, log = await asyncio.get_running_loop().create_datagram_endpoint(Failures, ("127.0.0.1", LOG_PORT))
     done = asyncio.Event()
 
     async def ask(http: httpx.AsyncClient) -> None:
         while not done.is_set():
             answers.append(await http.post("/v1/embeddings", json={"model": MODEL, "input": TEXTS}))
 
-    async def update(change: Callable[[dict[str, Any]], None]) -> None:
-        before = deployed_at()
+    token = run("ray", "get-auth-token").strip()  # lets into the cluster that `serve run` started
+
+    async def update(dashboard: httpx.AsyncClient, change: Callable[[dict[str, Any]], None]) -> None:
+        async def state() -> tuple[float, str]:
+            found = (await dashboard.get("/api/serve/applications/")).json()["applications"]["embeddings"]
+            return found["last_deployed_time_s"], found["status"]
+
+        before, _ = await state()
         change(config["applications"][0])
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(config))
-        await asyncio.to_thread(run, "serve", "deploy", str(file))
+        await asyncio.to_thread(run, "serve", "deploy", str(file), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
         async with asyncio.timeout(UPDATE_TIMEOUT_S):
-            while deployed_at() == before or application()["status"] != "RUNNING":  # noqa: ASYNC110  # asks a process
+            while (now := await state())[0] == before or now[1] != "RUNNING":  # noqa: ASYNC110  # asks a process
                 await asyncio.sleep(0.5)
 
-    def application() -> dict[str, Any]:
-        found: dict[str, Any] = yaml.safe_load(run("serve", "status", "--name", "embeddings"))
-        return found
-
-    def deployed_at() -> float:
-        return float(application()["last_deployed_time_s"])
-
-    limits = httpx.Limits(max_connections=CLIENTS)
-    async with httpx.AsyncClient(base_url=service.url, timeout=70, limits=limits) as http, asyncio.TaskGroup() as load:
+    headers, limits = {"authorization": f"Bearer {token}"}, httpx.Limits(max_connections=CLIENTS)
+    async with (
+        httpx.AsyncClient(base_url=DASHBOARD, timeout=70, headers=headers) as dashboard,
+        httpx.AsyncClient(base_url=service.url, timeout=70, limits=limits) as http,
+        asyncio.TaskGroup() as load,
+    ):
         for _ in range(CLIENTS):
             load.create_task(ask(http))
         for change in (other_settings, other_code, other_model):
             known = len(answers)
-            await update(change)
+            await update(dashboard, change)
             assert len(answers) > known, "nobody asked meanwhile"
         async with asyncio.timeout(UPDATE_TIMEOUT_S):  # until the ingress has heard of it
             while answers[-1].headers["x-model-fingerprint"] == answers[0].headers["x-model-fingerprint"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         done.set()
+    listening.close()
 
-    failed = [  # with the headers, which tell whose answer it is: HAProxy's, Serve's proxy's or the service's
-        f"{answer.status_code} {answer.text[:200]} {dict(answer.headers)}"
-        for answer in answers
-        if answer.status_code != 200
+    failed = [
+        f"{each.status_code} {each.text[:200]} {dict(each.headers)}" for each in answers if each.status_code != 200
     ]
-    assert failed == [], f"{len(failed)} of {len(answers)}"
+    assert failed == [], f"{len(failed)} of {len(answers)}, and HAProxy says {log.lines}"
     lengths = np.array(
         [[np.linalg.norm(item["embedding"]) for item in answer.json()["data"]] for answer in answers], np.float32
     )

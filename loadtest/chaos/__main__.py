@@ -4,7 +4,6 @@ Ends with status 1 where a promise was not kept.
 """
 
 import argparse
-import itertools
 import shlex
 import sys
 import time
@@ -15,7 +14,7 @@ from loadtest.chaos import table
 from loadtest.chaos.faults import FAULTS, SHORT, Fault
 from loadtest.chaos.load import Load
 from loadtest.chaos.service import running
-from loadtest.chaos.tally import Seen, broken, tally
+from loadtest.chaos.tally import Seen, broken, shared_out, tally
 from loadtest.chaos.trial import calm, once
 
 # Requests without a right answer that are told one by one, to be found in the logs.
@@ -24,7 +23,7 @@ SHOWN = 40
 
 def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path | None) -> tuple[str, bool]:
     """One fault after another; the table, and whether all promises were kept."""
-    bounds: list[float] = []  # when each fault's requests begin; and when the last one's end
+    began: list[float] = []
     recovered: list[tuple[float, ...]] = []
     skipped: dict[str, str] = {}
     done: list[str] = []
@@ -37,7 +36,7 @@ def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path |
                 if fault.needs_redis and not service.has_redis:
                     skipped[fault.name] = "redis-server is not installed"
                     continue
-                bounds.append(time.monotonic())
+                began.append(time.monotonic())
                 times = []
                 for _ in range(1 if short else fault.a_round * repeat):
                     now = datetime.now().time().isoformat("milliseconds")
@@ -45,11 +44,8 @@ def run(faults: list[Fault], repeat: int, rate: float, short: bool, logs: Path |
                     print(f"chaos: {fault.name} at {now}: recovered after {times[-1]:.1f} s", flush=True)
                 done.append(fault.name)
                 recovered.append(tuple(times))
-            bounds.append(time.monotonic())
-    seen = {
-        name: Seen(tally(each for each in load.records if start <= each.sent_s < end), times)
-        for name, times, (start, end) in zip(done, recovered, itertools.pairwise(bounds), strict=True)
-    }
+    shares = shared_out(load.records, began)
+    seen = {name: Seen(tally(records), times) for name, times, records in zip(done, recovered, shares, strict=True)}
     for name, each in seen.items():
         for detail, count in each.tally.details.most_common():
             print(f"chaos: {name}: {count} x {detail}")

@@ -1,6 +1,7 @@
 """What became of the requests, as pure functions of plain records."""
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Record:
     latency_s: float
     outcome: Outcome
     detail: str = ""  # of what is not right; never a text
+
+    @property
+    def over_s(self) -> float:
+        """When its answer came."""
+        return self.sent_s + self.latency_s
 
 
 def is_refusal(status: int, headers: Mapping[str, str], body: bytes) -> bool:
@@ -110,6 +116,16 @@ def tally(records: Iterable[Record]) -> Tally:
         if each.outcome != "right":
             details[f"{each.client}: {each.detail}"] += 1
     return Tally(counts, longest_s, details)
+
+
+def shared_out(records: Iterable[Record], began: Sequence[float]) -> list[list[Record]]:
+    """The records of each fault: of the requests that were over after it began and not after the next one did, as what
+    is in flight when something is killed is what that costs."""
+    shares: list[list[Record]] = [[] for _ in began]
+    for each in records:
+        if fault := bisect_left(began, each.over_s):
+            shares[fault - 1].append(each)
+    return shares
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,11 @@ def seen(*records: Record, recovered_s: tuple[float, ...] = (3.0,)) -> Seen:
     return Seen(tally.tally(records), recovered_s)
 
 
+def test_what_is_in_flight_when_something_is_killed_is_what_that_costs() -> None:
+    before, during, after = (record(latency_s=latency_s) for latency_s in (9.0, 10.5, 20.5))  # all sent at 0
+    assert tally.shared_out([before, during, after], [10.0, 20.0]) == [[during], [after]]
+
+
 def test_the_examples_in_the_docstrings_hold() -> None:
     for module in (tally, soak):
         ran = doctest.testmod(module)

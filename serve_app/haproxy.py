@@ -1,20 +1,23 @@
 """HAProxy outlives a Serve actor that died, and is back at once where it died itself.
 
 Ray ends the process group of a worker that died, HAProxy with it, and Serve takes some eight seconds to have another:
-until then every connection is refused. Ray's class is the base here, so this file belongs to the one release of Ray
-that pyproject.toml names.
+until then every connection is refused. Here HAProxy is in a group of its own, which ends with the node's raylet. Ray's
+class is the base, so this file belongs to the one release of Ray that pyproject.toml names.
 """
 
 import asyncio
 import logging
 import os
 import signal
+import sys
 from asyncio.subprocess import Process
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray.serve._private import haproxy
+
+from serve_app import leash
 
 # How long a new actor leaves the service to the HAProxy that it found, until it knows the replicas itself. Serve itself
 # gives an actor five seconds to be ready.
@@ -26,18 +29,20 @@ logger = logging.getLogger("ray.serve")
 
 
 class LastingHAProxy(haproxy.HAProxyApi):
-    """Serve's HAProxy, started outside the actor's process group, and with the sockets of whichever ran before."""
+    """Serve's HAProxy, which ends with the raylet, not with the actor, and has the sockets of whichever ran before."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._changing = asyncio.Lock()
         self._has_targets = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._leash: int | None = None  # whose process group HAProxy is in
 
     async def start(self) -> None:
         """Start; where one is found running, not before there is something to route to."""
         try:
-            os.setpgid(0, os.getpgid(os.getppid()))  # the raylet's, which Ray does not end with this actor
+            self._leash = self._find_leash()
+            os.setpgid(0, self._leash)
         except OSError as error:
             logger.warning(f"HAProxy will end with this actor, whose process group can't be changed: {error}")
         if self._running():
@@ -61,6 +66,9 @@ class LastingHAProxy(haproxy.HAProxyApi):
             for pid in self._running():
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
+        if self._leash is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._leash, signal.SIGKILL)
 
     async def _keep(self) -> None:
         """Start it again the moment it dies; looked at again and again, as a reload puts another one in its place."""
@@ -95,6 +103,19 @@ class LastingHAProxy(haproxy.HAProxyApi):
             can_hand_over = await self._get_running_pid() is not None
             arguments = ("-sf", *running, *(["-x", self.cfg.socket_path] if can_hand_over else []))
         return await super()._start_and_wait_for_haproxy(*arguments, **options)
+
+    def _find_leash(self) -> int:
+        """The leader of the process group that a running HAProxy is in; where none runs, of a new one.
+
+        Raises OSError where none could be started.
+        """
+        for pid in self._running():
+            with suppress(OSError):  # it is just ending
+                leader = os.getpgid(int(pid))
+                if leash.__file__.encode() in Path(f"/proc/{leader}/cmdline").read_bytes():
+                    return leader
+        command = [sys.executable, "-I", "-S", leash.__file__, str(os.getppid())]  # of the raylet
+        return os.posix_spawn(sys.executable, command, os.environ, setpgroup=0)
 
     def _running(self) -> list[str]:
         """The ids of all that run with this node's configuration, whichever actor started them."""

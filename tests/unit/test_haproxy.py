@@ -4,8 +4,9 @@ import asyncio
 import os
 import signal
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,18 @@ ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 
 
 @pytest.fixture(autouse=True)
-def group(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What was asked of the process group of these tests, which stays as it is."""
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "setpgid", lambda *ids: asked.append(ids))
-    return asked
+def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The process groups that keepers went to; that of these tests stays as it is."""
+    joined: list[int] = []
+
+    def join(_: int, group: int) -> None:
+        joined.append(group)
+
+    monkeypatch.setattr(os, "setpgid", join)
+    yield joined
+    for leader in joined:
+        os.kill(leader, signal.SIGKILL)
+        os.waitpid(leader, 0)
 
 
 class House:
@@ -126,11 +134,10 @@ def forget(keeper: LastingHAProxy) -> None:
     keeper._keeper.cancel()
 
 
-async def test_the_next_keeper_takes_over_and_no_request_fails(house: House, group: list[tuple[int, int]]) -> None:
+async def test_the_next_keeper_takes_over_and_no_request_fails(house: House) -> None:
     first, second = house.keeper(), house.keeper()
     first.set_backend_configs(house.backends)
     await first.start()
-    assert group == [(0, os.getpgid(os.getppid()))]
     forget(first)
     async with asked(house) as answers:
         starting = asyncio.create_task(second.start())
@@ -235,6 +242,30 @@ async def test_what_a_replica_had_when_it_died_is_sent_to_another(tmp_path: Path
             writer.close()
         assert sorted(answers) == [b"200", b"200" if saved else b"500"]
         await keeper.stop()
+
+
+async def test_haproxy_ends_with_the_raylet(monkeypatch: pytest.MonkeyPatch, house: House, groups: list[int]) -> None:
+    raylet = await asyncio.create_subprocess_exec("sleep", "60")
+    monkeypatch.setattr(os, "getppid", lambda: raylet.pid)
+    first, second = house.keeper(), house.keeper()
+    leader = first._find_leash()
+    monkeypatch.setattr(first, "_find_leash", lambda: leader)
+    for keeper in (first, second):
+        keeper.set_backend_configs(house.backends)
+    # As HAProxy is started by an actor that is in the group.
+    spawn = asyncio.create_subprocess_exec
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", partial(spawn, process_group=leader))
+    await first.start()
+    forget(first)
+    await second.start()
+    assert groups == [leader, leader], "the next keeper's HAProxy must be on the same leash"
+    forget(second)
+    raylet.kill()
+    await raylet.wait()
+    assert second._proc is not None
+    assert await asyncio.wait_for(second._proc.wait(), 10) == -signal.SIGKILL
+    assert second._running() == []
+    groups[:] = [leader]
 
 
 def test_serves_actors_are_given_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(serve_app.__file__).parent
 ORDER = (
     "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
     "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "tokens",
-    "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "haproxy",
+    "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "leash", "haproxy",
     "deployments", "__main__",
 )  # fmt: skip
 HOMES = {

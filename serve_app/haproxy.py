@@ -11,11 +11,13 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray.serve._private import haproxy
+from ray.serve._private.application_state import ApplicationState
 
 from serve_app import leash
 
@@ -122,9 +124,24 @@ class LastingHAProxy(haproxy.HAProxyApi):
         return [path.name for path in Path("/proc").glob("[0-9]*") if self._is_our_haproxy(int(path.name))]
 
 
-def last() -> None:
-    """Have Serve's controller (RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH) give its actors this class.
+def keep_ingress(set_target: Callable[..., None]) -> Callable[..., None]:
+    """Have an application that is built anew keep the name of its ingress, as what is deployed still runs.
 
-    They get their own class by value, and with it what that calls HAProxyApi.
+    Serve forgets it for as long as the build takes, six seconds here, and for good where the build fails: HAProxy then
+    has no replica left, and all goes through Serve's proxy in Python, at a quarter of the speed.
     """
+
+    def set_target_state(state: ApplicationState, deployment_infos: Any, **options: Any) -> None:
+        name = state._ingress_deployment_name
+        set_target(state, deployment_infos, **options)
+        if deployment_infos is None:
+            state._ingress_deployment_name = name
+
+    return set_target_state
+
+
+def last() -> None:
+    """Have Serve's controller (RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH) give its actors this class, which they get by
+    value with their own, and leave HAProxy its replicas while an update is built."""
     haproxy.HAProxyApi = LastingHAProxy  # type: ignore[misc]
+    ApplicationState._set_target_state = keep_ingress(ApplicationState._set_target_state)  # type: ignore[method-assign]

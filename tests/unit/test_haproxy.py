@@ -13,12 +13,15 @@ import pytest
 import yaml
 from ray import cloudpickle
 from ray.serve._private import haproxy
+from ray.serve._private.application_state import ApplicationState
 from ray.serve.config import HTTPOptions
 
 from serve_app.haproxy import LastingHAProxy, last
 from tests.service.conftest import free_port
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
+# What Serve's controller makes its actors of, and what it gives them of ours.
+ACTOR, GIVEN = haproxy.HAProxyManager.__ray_metadata__.modified_class, b"LastingHAProxy"
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 
 
@@ -268,9 +271,25 @@ async def test_haproxy_ends_with_the_raylet(monkeypatch: pytest.MonkeyPatch, hou
     groups[:] = [leader]
 
 
-def test_serves_actors_are_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Serve's controller; what it changes there is put back."""
     monkeypatch.setattr(haproxy, "HAProxyApi", haproxy.HAProxyApi)
-    actor = haproxy.HAProxyManager.__ray_metadata__.modified_class
-    assert b"LastingHAProxy" not in cloudpickle.dumps(actor)
+    monkeypatch.setattr(ApplicationState, "_set_target_state", ApplicationState._set_target_state)
+    assert GIVEN not in cloudpickle.dumps(ACTOR)
     last()
-    assert b"LastingHAProxy" in cloudpickle.dumps(actor)
+
+
+def test_serves_actors_are_given_it(begun: None) -> None:
+    assert GIVEN in cloudpickle.dumps(ACTOR)
+
+
+def test_the_ingress_is_not_forgotten_while_an_update_is_built(begun: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ApplicationState, "_update_status", lambda *_: None)
+    application = ApplicationState.__new__(ApplicationState)
+    application._ingress_deployment_name = "Ingress"
+    application._ingress_request_router_deployment_name = None
+    application._clear_target_state_and_store_config(None)
+    assert application.ingress_deployment == "Ingress"
+    application._set_target_state_deleting()
+    assert application.ingress_deployment is None

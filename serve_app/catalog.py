@@ -3,15 +3,18 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from serve_app.answers import Served
-from serve_app.errors import EmbeddingError, ModelNotFound, ModelUnavailable
+from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.pipeline import Pipeline
 from serve_app.settings import EMBEDDED_ID
 
-# How long a request is held for a model of which nothing is known yet, and how often the model is asked meanwhile: two
-# questions that nobody answers. One that loads takes longer; then the client is told, and tries again.
-ASK_TIMEOUT_S, ASK_PERIOD_S = 10.0, 0.25
+# How long after its start an ingress holds requests for models of which it knows nothing yet: two questions that nobody
+# answers. A model that says nothing for longer is loading, or has failed, and whoever asks for it is told at once.
+FIRST_WORD_S = 10.0
+# Before its deadline a request that was held needs so much to be refused as it should.
+REFUSAL_S = 0.1
 
 
 class Catalog:
@@ -19,6 +22,7 @@ class Catalog:
 
     def __init__(self, pipelines: Sequence[Pipeline]) -> None:
         self.pipelines = pipelines
+        self._patient_until = time.monotonic() + FIRST_WORD_S
         self._configured = {
             name: pipeline for pipeline in pipelines for name in (pipeline.settings.id, *pipeline.settings.aliases)
         }
@@ -35,16 +39,20 @@ class Catalog:
     async def find(self, name: str, deadline: float) -> Pipeline:
         """The pipeline behind a name, once the replicas that may answer to it have said what they serve.
 
-        Raises ModelNotFound; or ModelUnavailable where they did not say it before `deadline`, or for too long.
+        Raises ModelNotFound; or ModelUnavailable where they did not say it in time.
         """
         configured = self._configured.get(name)
         if (found := self._serving(name)) is not None:
             return found
         # A new replica of the ingress knows nothing yet, and a name may be that of what stands in for another model.
         unknown = [each for each in ([configured] if configured else self._stand_ins(name)) if not each.served]
-        await asyncio.gather(*(_ask(pipeline, deadline) for pipeline in unknown))
-        if (found := self._serving(name)) is not None:
-            return found
+        patience_s = min(deadline - REFUSAL_S, self._patient_until) - time.monotonic()
+        if unknown and patience_s > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    await asyncio.gather(*(pipeline.is_described.wait() for pipeline in unknown))
+            if (found := self._serving(name)) is not None:
+                return found
         if any(not pipeline.served for pipeline in unknown):
             raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
         if configured is None or configured.served is None:
@@ -65,13 +73,3 @@ class Catalog:
     def _stand_ins(self, name: str) -> list[Pipeline]:
         """The pipelines that may turn out to serve that name though it is none of theirs."""
         return [each for each in self.pipelines if name == EMBEDDED_ID and "embedded" in each.settings.sources]
-
-
-async def _ask(pipeline: Pipeline, deadline: float) -> None:
-    """Ask the replicas what they serve until they tell, or it takes too long."""
-    deadline = min(deadline, time.monotonic() + ASK_TIMEOUT_S)
-    while not pipeline.served and time.monotonic() < deadline:
-        try:
-            await pipeline.discover(deadline)
-        except EmbeddingError:  # not yet; the caller is told if it stays so
-            await asyncio.sleep(ASK_PERIOD_S)

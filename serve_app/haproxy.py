@@ -116,7 +116,7 @@ class LastingHAProxy(haproxy.HAProxyApi):
                 leader = os.getpgid(int(pid))
                 if leash.__file__.encode() in Path(f"/proc/{leader}/cmdline").read_bytes():
                     return leader
-        command = [sys.executable, "-I", "-S", leash.__file__, str(os.getppid())]  # of the raylet
+        command = [sys.executable, "-I", "-S", leash.__file__, os.environ["RAY_RAYLET_PID"]]  # which Ray gives workers
         return os.posix_spawn(sys.executable, command, os.environ, setpgroup=0)
 
     def _running(self) -> list[str]:

@@ -1,16 +1,13 @@
-"""`python leash.py PID`: ends all of its process group, itself included, once that process is gone."""
+"""`python leash.py PID`: ends all of its process group, itself included, once that process has ended."""
 
 import os
+import select
 import signal
 import sys
-import time
-
-PERIOD_S = 1.0
+from contextlib import suppress
 
 if __name__ == "__main__":
-    try:
-        while True:
-            os.kill(int(sys.argv[1]), 0)
-            time.sleep(PERIOD_S)
-    except ProcessLookupError:
-        os.killpg(0, signal.SIGKILL)
+    os.closerange(3, 65_536)  # what it was handed down by whoever started it
+    with suppress(ProcessLookupError):
+        select.select([os.pidfd_open(int(sys.argv[1]))], [], [])
+    os.killpg(0, signal.SIGKILL)

@@ -89,6 +89,7 @@ class Pipeline:
     def __init__(self, settings: ModelSettings, stages: Stages, max_request_tokens: int) -> None:
         self.settings = settings
         self._described: Described | None = None  # what the replicas said last
+        self.is_described = asyncio.Event()  # whether they said anything yet
         self._discovery: asyncio.Task[Described] | None = None
         self._stages = stages
         self._max_request_tokens = max_request_tokens
@@ -134,6 +135,7 @@ class Pipeline:
 
     async def _discover(self) -> Described:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
+        self.is_described.set()
         self._tokenizing.slots.workers = found.tokenizers
         workers, lanes = max(1, found.models), found.served.lanes
         for queue in (self._short, self._long):

@@ -73,12 +73,16 @@ async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
     service = keeper.get(two_of_each)
     config = yaml.safe_load(service.log.with_name("serve_config.yaml").read_text())
     answers: list[httpx.Response] = []
+    failed: list[str] = []
     listening, log = await asyncio.get_running_loop().create_datagram_endpoint(Failures, ("127.0.0.1", LOG_PORT))
     done = asyncio.Event()
 
     async def ask(http: httpx.AsyncClient) -> None:
         while not done.is_set():
-            answers.append(await http.post("/v1/embeddings", json={"model": MODEL, "input": TEXTS}))
+            try:
+                answers.append(await http.post("/v1/embeddings", json={"model": MODEL, "input": TEXTS}))
+            except httpx.HTTPError as error:
+                failed.append(repr(error))
 
     token = run("ray", "get-auth-token").strip()  # lets into the cluster that `serve run` started
 
@@ -114,7 +118,7 @@ async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
         done.set()
     listening.close()
 
-    failed = [
+    failed += [
         f"{each.status_code} {each.text[:200]} {dict(each.headers)}" for each in answers if each.status_code != 200
     ]
     assert failed == [], f"{len(failed)} of {len(answers)}, and HAProxy says {log.lines}"

@@ -6,11 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from serve_app.answers import Described, Embedded
+from serve_app.answers import Embedded
 from serve_app.catalog import Catalog
 from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, Overloaded, TooManyTokens
 from serve_app.packing import ClientIds, Packed
 from serve_app.pipeline import MAX_HELD_TOKENS, SHORT_CHARACTERS, Answer, Pipeline
+from serve_app.settings import EMBEDDED_ID as STAND_IN
 from serve_app.settings import ModelSettings
 from tests.hand import HandStages, vector
 
@@ -152,15 +153,14 @@ def catalog(*stages: HandStages) -> Catalog:
     return Catalog([Pipeline(model, stage, 1000) for model, stage in zip(settings, stages, strict=False)])
 
 
-async def test_every_name_finds_its_model_and_only_served_ones_are_listed() -> None:
-    absent = HandStages()
-    absent.failure = ModelUnavailable("no replica")
-    models = catalog(HandStages(), absent)
-    assert models.served() == []
-    assert await models.find("ivy", FAR) is await models.find("Mihaiii/Ivysaur", FAR) is models.pipelines[0]
+async def test_every_name_finds_its_model_and_only_served_ones_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.catalog.FIRST_WORD_S", 0.0)
+    models = catalog(HandStages(), HandStages("other/model"))
+    await models.pipelines[0].discover(FAR)
     assert [name for name, _, _ in models.served()] == ["Mihaiii/Ivysaur", "ivy"]
+    assert await models.find("ivy", FAR) is await models.find("Mihaiii/Ivysaur", FAR) is models.pipelines[0]
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
-        await models.find("other/model", time.monotonic() + 0.01)
+        await models.find("other/model", FAR)
     with pytest.raises(
         ModelNotFound, match=r"`gpt` does not exist here. Models that are served: `Mihaiii/Ivysaur`, `ivy`"
     ):
@@ -168,36 +168,35 @@ async def test_every_name_finds_its_model_and_only_served_ones_are_listed() -> N
 
 
 async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
-    models = catalog(HandStages("sentence-transformers/all-MiniLM-L6-v2"))
-    assert await models.find("sentence-transformers/all-MiniLM-L6-v2", FAR) is models.pipelines[0]
-    assert [name for name, _, _ in models.served()] == ["sentence-transformers/all-MiniLM-L6-v2"]
+    models = catalog(HandStages(STAND_IN))
+    await models.pipelines[0].discover(FAR)
+    assert [name for name, _, _ in models.served()] == [STAND_IN]
+    assert await models.find(STAND_IN, FAR) is models.pipelines[0]
     for name in ("Mihaiii/Ivysaur", "ivy"):
         with pytest.raises(ModelNotFound, match=r"all-MiniLM-L6-v2` was loaded in its place .* .setting `sources`"):
             await models.find(name, FAR)
 
 
-async def test_who_asks_early_waits_until_the_replicas_have_spoken() -> None:
-    stages = HandStages("sentence-transformers/all-MiniLM-L6-v2")
-    stages.failure = ModelUnavailable("no replica")
-    models = catalog(stages)
-    asking = [asyncio.create_task(models.find(name, FAR)) for name in (stages.model, "ivy")]
+async def test_who_asks_before_the_replicas_have_spoken_waits_for_their_first_word() -> None:
+    models = catalog(HandStages(STAND_IN))
+    asking = [asyncio.create_task(models.find(name, FAR)) for name in (STAND_IN, "ivy")]
     with pytest.raises(ModelNotFound, match="`gpt` does not exist"):
         await models.find("gpt", FAR)  # nothing may turn out to serve that
+    await asyncio.sleep(0.01)
     assert not any(task.done() for task in asking)
-    stages.failure = None
+    await models.pipelines[0].discover(FAR)
     found, stood_in = await asyncio.gather(*asking, return_exceptions=True)
     assert found is models.pipelines[0] and isinstance(stood_in, ModelNotFound)
 
 
-async def test_nobody_waits_for_another_model_or_past_the_deadline() -> None:
-    class Silent(HandStages):
-        async def describe(self, deadline: float) -> Described:
-            return await asyncio.Future()
-
-    models = catalog(HandStages(), Silent())
+async def test_nobody_waits_for_another_models_first_word_or_past_the_deadline() -> None:
+    models = catalog(HandStages(), HandStages("other/model"))
+    await models.pipelines[0].discover(FAR)
     assert await models.find("ivy", FAR) is models.pipelines[0]
+    started = time.monotonic()
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
-        await models.find("other/model", time.monotonic() + 0.01)
+        await models.find("other/model", started + 0.3)
+    assert time.monotonic() < started + 0.3, "no time is left to refuse it as it should be"
 
 
 def held(shared: Pipeline, tokens: int, tokens_per_s: float, bulk: bool = False) -> None:

@@ -45,24 +45,27 @@ class Catalog:
         if (found := self._serving(name)) is not None:
             return found
         # A new replica of the ingress knows nothing yet, and a name may be that of what stands in for another model.
-        unknown = [each for each in ([configured] if configured else self._stand_ins(name)) if not each.served]
-        patience_s = min(deadline - REFUSAL_S, self._patient_until) - time.monotonic()
-        if unknown and patience_s > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience_s):
-                    await asyncio.gather(*(pipeline.is_described.wait() for pipeline in unknown))
-            if (found := self._serving(name)) is not None:
-                return found
-        if any(not pipeline.served for pipeline in unknown):
-            raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
-        if configured is None or configured.served is None:
+        candidates = [configured] if configured else self._stand_ins(name)
+        await self._first_word(candidates, deadline)
+        if (found := self._serving(name)) is not None:
+            return found
+        if configured is None and all(pipeline.served for pipeline in candidates):
             known = ", ".join(f"`{known}`" for known, _, _ in self.served()) or "none yet"
             raise ModelNotFound(f"The model `{name[:200]}` does not exist here. Models that are served: {known}.")
+        if configured is None or configured.served is None:
+            raise ModelUnavailable(f"The model `{name}` is loading, or failed to load; the server's log says which.")
         raise ModelNotFound(
             f"The model `{name}` is not served here: its weights were not found, and `{configured.served.id}` was "
             f"loaded in its place ({configured.served.origin}). Ask for that name, or give the service the weights of "
             f"`{configured.settings.id}` (setting `sources`)."
         )
+
+    async def _first_word(self, pipelines: Sequence[Pipeline], deadline: float) -> None:
+        """Wait until all have said what they serve, while this ingress is young and the deadline leaves time."""
+        patience_s = min(deadline - REFUSAL_S, self._patient_until) - time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await asyncio.gather(*(pipeline.is_described.wait() for pipeline in pipelines))
 
     def _serving(self, name: str) -> Pipeline | None:
         configured = self._configured.get(name)

@@ -1,4 +1,4 @@
-"""`python leash.py PID`: ends all of its process group, itself included, once that process has ended."""
+"""`python leash.py PID`: ends its whole process group, itself included, once that process ended. Needs Linux 5.3."""
 
 import os
 import select

@@ -11,9 +11,9 @@ from serve_app.catalog import Catalog
 from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, Overloaded, TooManyTokens
 from serve_app.packing import ClientIds, Packed
 from serve_app.pipeline import MAX_HELD_TOKENS, SHORT_CHARACTERS, Answer, Pipeline
-from serve_app.settings import EMBEDDED_ID as STAND_IN
 from serve_app.settings import ModelSettings
 from tests.hand import HandStages, vector
+from tests.model import MODEL as STAND_IN
 
 FAR = time.monotonic() + 3600
 

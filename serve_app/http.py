@@ -8,7 +8,7 @@ import logging
 import math
 import string
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -18,8 +18,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi_swagger import patch_fastapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp
+from starlette.routing import request_response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app import wire
 from serve_app.answers import Served
@@ -62,12 +65,12 @@ READY_TIMEOUT_S = 5.0  # that `/readyz` gives one short text to come back, and a
 
 def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIApp:
     """The ASGI application in front of the catalog's models; open to all where `keys` is None."""
-    app = FastAPI(docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None, redirect_slashes=False)
-    app.openapi = lambda: _document(catalog, settings)  # type: ignore[method-assign]  # as FastAPI's manual has it
-    for kind, handler in ((EmbeddingError, _on_embedding_error), (HTTPException, _on_http_error)):
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # Starlette types handlers by Exception
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_fault)
+    handlers: dict[Any, Any] = {
+        EmbeddingError: _on_embedding_error,
+        HTTPException: _on_http_error,
+        ClientDisconnect: _on_disconnect,
+        Exception: _on_fault,
+    }
 
     async def embeddings(request: Request) -> Response:
         arrived = time.monotonic()
@@ -93,8 +96,15 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         }
         return Response(body, media_type="application/json", headers=headers)
 
-    # A plain route: FastAPI's own would first parse cookies and a query for parameters that this one has none of.
-    app.add_route("/v1/embeddings", embeddings, methods=["POST"])
+    app = _App(
+        embeddings,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+        exception_handlers=handlers,
+    )
+    app.openapi = lambda: _document(catalog, settings)  # type: ignore[method-assign]  # as FastAPI's manual has it
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -134,14 +144,39 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
     # Swagger's page, and a redirect to it from `/`; its scripts come from a package, so it needs no internet.
     patch_fastapi(app, docs_url="/docs")
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # a browser's OpenAI client sends Authorization and a dozen x-stainless-* headers
-            expose_headers=["x-request-id", "x-model-fingerprint", "x-truncated-inputs", "openai-processing-ms"],
-        )
+        app.allow_origins(settings.cors_origins)
     return app
+
+
+class _App(FastAPI):
+    """FastAPI, but its one busy route is reached without the layers around the others, 7 % of a short request's time
+    here: cookies, queries and telemetry are looked after there."""
+
+    PATH = "/v1/embeddings"
+
+    def __init__(self, embeddings: Callable[[Request], Awaitable[Response]], **options: Any) -> None:
+        super().__init__(**options)
+        self.add_route(self.PATH, embeddings, methods=["POST"])  # whose name Serve looks up, for its metrics
+        handlers = dict(self.exception_handlers)
+        fault = handlers.pop(Exception, None)
+        self._embeddings: ASGIApp = ServerErrorMiddleware(
+            ExceptionMiddleware(request_response(embeddings), handlers), fault
+        )
+
+    def allow_origins(self, origins: Sequence[str]) -> None:
+        """Let pages from these origins call this service."""
+        options: dict[str, Any] = {
+            "allow_origins": list(origins),
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["*"],  # a browser's OpenAI client sends Authorization and a dozen x-stainless-* headers
+            "expose_headers": ["x-request-id", "x-model-fingerprint", "x-truncated-inputs", "openai-processing-ms"],
+        }
+        self.add_middleware(CORSMiddleware, **options)
+        self._embeddings = CORSMiddleware(self._embeddings, **options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_busy_route = scope["type"] == "http" and scope["path"] == self.PATH and scope["method"] == "POST"
+        await (self._embeddings if is_busy_route else super().__call__)(scope, receive, send)
 
 
 def _authenticate(request: Request, keys: Keys | None) -> None:

@@ -30,6 +30,7 @@ class Served:
     precision: str
     device: str
     lanes: int  # batches that one replica's engine runs at once
+    lane_tokens: int  # those beyond the first of at least so many tokens
     dimensions: int
     normalize: bool
     max_tokens: int
@@ -55,7 +56,10 @@ def deal(whole: Embedded, jobs: Sequence[Packed]) -> list[Embedded]:
     if len(jobs) == 1:
         return [whole]
     ends = np.cumsum([job.rows for job in jobs]).tolist()
-    return [replace(whole, vectors=whole.vectors[end - job.rows : end]) for job, end in zip(jobs, ends, strict=True)]
+    return [
+        Embedded(whole.vectors[end - job.rows : end], whole.weights, whole.fingerprint, whole.infer_ms)
+        for job, end in zip(jobs, ends, strict=True)
+    ]
 
 
 def assemble(parts: Sequence[Embedded], order: NDArray[np.intp]) -> Embedded:

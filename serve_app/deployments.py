@@ -119,7 +119,7 @@ class Model:
         self._engine = Guard(engine, network.dimensions)
         self._broken: EngineBroken | None = None
         # Short requests and long ones have each their queue and threads, and those of the long ones give way.
-        queue = partial(Queue, budget=settings.batch_tokens, lanes=engine.lanes)
+        queue = partial(Queue, budget=settings.batch_tokens, lanes=engine.lanes, lane_cost=engine.lane_tokens)
         bulk = background(engine.lanes, settings.bulk_share)
         self._short, self._long = (queue(partial(self._run, threads)) for threads in (None, bulk))
         self._rate = Rate(settings.batch_tokens)
@@ -134,6 +134,7 @@ class Model:
             precision=engine.precision,
             device=engine.device,
             lanes=engine.lanes,
+            lane_tokens=engine.lane_tokens,
             dimensions=network.dimensions,
             normalize=found.normalize,
             max_tokens=found.max_tokens,
@@ -160,9 +161,8 @@ class Model:
         return await job
 
     # `@serve.batch` seals a batch at every turn of the loop, whether the engine is free or not, so it only gathers the
-    # calls of one turn; the scheduler behind it holds what waits. What this returns at once are jobs in that scheduler:
-    # each call awaits its own, so none waits for another's, fails with another's, or outlives its caller. With an idle
-    # engine there is nothing to gather, and the decorator's own turns of the loop would take 0.4 ms.
+    # calls of one turn, as jobs of the scheduler that holds what waits; each call awaits its own. With an idle engine
+    # there is nothing to gather, and the decorator's own turns of the loop would take 0.4 ms.
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0, max_concurrent_batches=16)
     async def _infer_together(self, calls: list[tuple[Queue, Packed, float]]) -> list[asyncio.Task[Embedded]]:
         jobs = (queue.submit(packed, packed.tokens, deadline) for queue, packed, deadline in calls)

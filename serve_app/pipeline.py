@@ -139,9 +139,9 @@ class Pipeline:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
         self.is_described.set()
         self._tokenizing.slots.workers = found.tokenizers
-        workers, lanes = max(1, found.models), found.served.lanes
+        workers, lanes, least = max(1, found.models), found.served.lanes, found.served.lane_tokens
         for queue in (self._short, self._long):
-            queue.slots = Slots(self.settings.batch_tokens, workers, lanes, workers * lanes * FULL_CALLS_A_LANE)
+            queue.slots = Slots(self.settings.batch_tokens, workers, lanes, least, workers * lanes * FULL_CALLS_A_LANE)
             queue.pace.told = found.tokens_per_s
         return found
 

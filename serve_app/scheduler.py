@@ -16,8 +16,6 @@ from typing import Generic, TypeVar
 from serve_app.errors import CallerGone, DeadlineExceeded
 from serve_app.rate import Pace
 
-# Into how many shares a budget is cut at most: what is smaller than one is not worth a batch of its own.
-SHARES = 64
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -28,7 +26,8 @@ class Slots:
 
     budget: int  # most cost in one batch
     workers: int = 1  # batches of any size that may run at once
-    lanes: int = 1  # batches that each worker runs at once, those beyond its first of a share at least
+    lanes: int = 1  # batches that each worker runs at once
+    lane_cost: int = 1  # least cost of those beyond its first: less is better off in the next batch
     full_concurrency: int = 0  # batches that are full, and so gain nothing from waiting, where that is more
 
     def may_start(self, waiting_cost: int, running: int, running_partial: int) -> bool:
@@ -39,17 +38,17 @@ class Slots:
             return True
         # What is not full does not wait for what is: a short text would wait for all of a long list. But it does wait
         # for what is not full either, unless it is enough to be worth a lane.
-        slots = self.workers * (self.lanes if waiting_cost >= self.budget // SHARES else 1)
+        slots = self.workers * (self.lanes if waiting_cost >= self.lane_cost else 1)
         return running_partial < slots
 
     def share(self, waiting_cost: int, running_partial: int) -> int:
         """Most cost of the next batch: of what waits, as much for each batch that could start now."""
         free = max(1, self.workers * self.lanes - running_partial)
-        return min(self.budget, max(-(-waiting_cost // free), self.budget // SHARES))
+        return min(self.budget, max(-(-waiting_cost // free), self.lane_cost))
 
     def pieces(self, cost: int) -> int:
         """Into how many pieces a job of that cost is best cut: one for each batch that could run."""
-        return min(self.workers * self.lanes, cost * SHARES // self.budget)
+        return min(self.workers * self.lanes, cost // self.lane_cost)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,9 +76,10 @@ class Scheduler(Generic[Job, Result]):
         budget: int,
         workers: int = 1,
         lanes: int = 1,
+        lane_cost: int = 1,
         full_concurrency: int = 0,
     ) -> None:
-        self.slots = Slots(budget, workers, lanes, full_concurrency)
+        self.slots = Slots(budget, workers, lanes, lane_cost, full_concurrency)
         self.asked_cost = 0  # of all jobs so far
         self.unfinished_cost = 0  # of those that are not answered, and were not withdrawn
         self.pace = Pace()

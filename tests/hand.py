@@ -21,6 +21,7 @@ def served(model: str = "Mihaiii/Ivysaur") -> Served:
         precision="float32",
         device="cpu",
         lanes=1,
+        lane_tokens=1,
         dimensions=4,
         normalize=True,
         max_tokens=FRAME.max_tokens,

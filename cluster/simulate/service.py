@@ -34,6 +34,7 @@ class Costs:
     token_s: float = 0.001
     batch_tokens: int = 1024
     lanes: int = 1  # batches that one replica runs at once, each in the time given here
+    lane_tokens: int = 1  # those beyond the first of at least so many tokens
     start_s: float = 10.0  # from the decision until a replica takes calls
     notice_s: float = 1.0  # until every ingress knows of it
     request_s: float = 0.003  # in the ingress and on the way
@@ -55,7 +56,7 @@ class Ingress:
     __slots__ = ("asked", "heap", "in_flight", "loads", "partial", "slots", "unsent", "waiting", "waiting_tokens")
 
     def __init__(self, costs: Costs) -> None:
-        self.slots = Slots(costs.batch_tokens, lanes=costs.lanes)
+        self.slots = Slots(costs.batch_tokens, lanes=costs.lanes, lane_cost=costs.lane_tokens)
         self.waiting: deque[tuple[int, int]] = deque()  # requests, or pieces of them, each with its tokens
         self.waiting_tokens = 0
         self.asked = 0  # tokens that ever came
@@ -73,7 +74,7 @@ class Replica:
 
     def __init__(self, number: int, costs: Costs) -> None:
         self.number = number
-        self.slots = Slots(costs.batch_tokens, lanes=costs.lanes)
+        self.slots = Slots(costs.batch_tokens, lanes=costs.lanes, lane_cost=costs.lane_tokens)
         self.waiting: deque[Call] = deque()
         self.waiting_tokens = 0
         self.running = 0  # batches

@@ -26,12 +26,14 @@ SELF_TEST_COSINE = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
 class Engine(Protocol):
     """One model on one device. `embed` blocks, lets other threads run while it computes, and may be called by any
     number of threads: `lanes` keep it busy, one more is never kept waiting by these where the device allows it. A batch
-    of up to `brief_tokens` is over sooner than a thread is worth waking for it."""
+    of less than `lane_tokens` had better wait for the next than have a lane beside others. One of up to `brief_tokens`
+    is over sooner than a thread is worth waking for it."""
 
     name: str
     precision: Precision
     device: str
     lanes: int
+    lane_tokens: int
     brief_tokens: int
 
     def embed(self, packed: Packed) -> Float32:

@@ -25,6 +25,7 @@ class SleepEngine:
     precision: Precision = "float32"
     device = "none"
     lanes = 1
+    lane_tokens = 1
     brief_tokens = 0
 
     def __init__(self, bert: Bert) -> None:

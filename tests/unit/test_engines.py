@@ -103,7 +103,7 @@ def test_auto_picks_by_device_and_says_why(
 class Wrong:
     """An engine whose vectors a function of the reference's makes wrong."""
 
-    name, precision, device, lanes, brief_tokens = "wrong", "float32", "cpu", 1, 0
+    name, precision, device, lanes, lane_tokens, brief_tokens = "wrong", "float32", "cpu", 1, 1, 0
 
     def __init__(self, network: Bert, spoil: object) -> None:
         self._network, self._spoil = network, spoil

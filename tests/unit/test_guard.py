@@ -16,7 +16,7 @@ DIMENSIONS = 4
 class HandEngine:
     """A vector repeats the sum of its sequence's ids; `fault` is asked before each batch."""
 
-    name, precision, device, lanes, brief_tokens = "hand", "float32", "cpu", 1, 0
+    name, precision, device, lanes, lane_tokens, brief_tokens = "hand", "float32", "cpu", 1, 1, 0
 
     def __init__(self, fault: Callable[[Packed], None]) -> None:
         self._fault = fault

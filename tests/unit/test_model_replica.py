@@ -24,7 +24,7 @@ LANES = 2
 class HandEngine:
     """Begins batches and finishes them when a test lets it, with or without vectors that are numbers."""
 
-    lanes, brief_tokens = LANES, 0
+    lanes, lane_tokens, brief_tokens = LANES, 1, 0
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -156,7 +156,7 @@ async def test_a_partial_batch_does_not_wait_for_full_ones(worker: Worker) -> No
 
 
 async def test_what_waits_is_shared_between_all_that_are_free(worker: Worker) -> None:
-    scheduler = Scheduler(worker.run, budget=640, workers=2, lanes=2)
+    scheduler = Scheduler(worker.run, budget=640, workers=2, lanes=2, lane_cost=10)
     tasks = submit(scheduler, *range(8), cost=10)
     await turns()
     assert worker.batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -165,11 +165,11 @@ async def test_what_waits_is_shared_between_all_that_are_free(worker: Worker) ->
 
 
 async def test_a_second_lane_is_for_what_is_worth_a_batch_of_its_own(worker: Worker) -> None:
-    scheduler = Scheduler(worker.run, budget=640, lanes=2)  # a share is 10
+    scheduler = Scheduler(worker.run, budget=640, lanes=2, lane_cost=10)
     tasks = submit(scheduler, 0)
     await worker.began.acquire()
     assert not scheduler.has_room
-    tasks += submit(scheduler, *range(1, 10))  # 9, one less than a share
+    tasks += submit(scheduler, *range(1, 10))  # 9, one less than a lane's
     await turns()
     assert worker.batches == [[0]]
     tasks += submit(scheduler, 10)

@@ -47,6 +47,10 @@ CALL_CHARACTERS = 32_768
 # are soon over.
 FULL_CALLS_A_LANE = 2
 FULL_CALLS_TO_TOKENIZERS = 64
+# Turns of the event loop between the answer of the only call and the next call: in the first the answers are rendered,
+# in the second what came meanwhile is read, in the third it is parsed. Else those who were answered and those who
+# waited stay apart and take turns: with 8 connections calls of two texts and of six, and 11 % fewer answers.
+TURNS = 4
 # Most tokens that are held for a model, in 64 MB: while it sleeps or starts, nobody can tell how long it will take.
 MAX_HELD_TOKENS = 16_000_000
 HELD_RETRY_S = 10.0
@@ -100,7 +104,7 @@ class Pipeline:
         )
         # Requests of no more tokens than one text may have, and longer ones.
         self._short, self._long = (
-            Scheduler[Packed, Embedded](partial(self._infer_together, is_bulk), settings.batch_tokens)
+            Scheduler[Packed, Embedded](partial(self._infer_together, is_bulk), settings.batch_tokens, turns=TURNS)
             for is_bulk in (False, True)
         )
 

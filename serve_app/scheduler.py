@@ -78,12 +78,15 @@ class Scheduler(Generic[Job, Result]):
         lanes: int = 1,
         lane_cost: int = 1,
         full_concurrency: int = 0,
+        turns: int = 0,
     ) -> None:
+        """`turns` of the loop pass from the end of the only batch that ran until the next may start."""
         self.slots = Slots(budget, workers, lanes, lane_cost, full_concurrency)
         self.asked_cost = 0  # of all jobs so far
         self.unfinished_cost = 0  # of those that are not answered, and were not withdrawn
         self.pace = Pace()
         self._run = run
+        self._turns, self._turns_left = turns, 0
         # The whole state. Only code on the event loop's thread touches it, and never across an await.
         self._waiting: deque[Entry[Job, Result]] = deque()
         self.waiting_cost = 0  # of the entries in it, those included whose caller has left
@@ -140,6 +143,10 @@ class Scheduler(Generic[Job, Result]):
             loop.call_soon(self._dispatch, loop)
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._turns_left:
+            self._turns_left -= 1
+            loop.call_soon(self._dispatch, loop)
+            return
         self._dispatch_is_due = False
         while self.slots.may_start(self.waiting_cost, len(self._running), self._running_partial):
             share = self.slots.share(self.waiting_cost, self._running_partial)
@@ -180,7 +187,8 @@ class Scheduler(Generic[Job, Result]):
             try:
                 results = await self._run(batch)
             finally:
-                # The next batch begins before this one's callers go on, so the worker need not wait for them.
+                # Unless told otherwise the next batch begins before this one's callers go on, so the worker need not
+                # wait for them.
                 self._finish(is_full, cost)
             for entry, result in zip(batch, results, strict=True):
                 if not entry.answer.done():
@@ -208,4 +216,8 @@ class Scheduler(Generic[Job, Result]):
         if self._busy_since is not None:
             self.pace.record(cost, now - self._busy_since, now)
         self._busy_since = now if self._waiting else None
-        self._dispatch(task.get_loop())
+        if self._turns and not self._running:
+            self._turns_left = self._turns
+            self._dispatch_soon(task.get_loop())
+        else:
+            self._dispatch(task.get_loop())

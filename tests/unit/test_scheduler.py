@@ -182,6 +182,26 @@ async def test_a_second_lane_is_for_what_is_worth_a_batch_of_its_own(worker: Wor
     assert await asyncio.gather(*tasks) == [job * 10 for job in range(12)]
 
 
+@pytest.mark.parametrize(("turns_between", "second"), [(0, [2]), (4, [2, 10, 11])])
+async def test_who_is_answered_and_asks_again_leaves_with_those_who_waited(
+    worker: Worker, turns_between: int, second: list[int]
+) -> None:
+    scheduler = Scheduler(worker.run, budget=100, turns=turns_between)
+
+    async def ask_twice(job: int) -> int:
+        await scheduler.submit(job, 1, FAR)
+        return await scheduler.submit(job + 10, 1, FAR)
+
+    tasks = [asyncio.create_task(ask_twice(job)) for job in range(2)]
+    await worker.began.acquire()
+    tasks += submit(scheduler, 2)
+    worker.let_finish()
+    await worker.began.acquire()
+    assert worker.batches == [[0, 1], second]
+    worker.let_finish(2)
+    assert await asyncio.gather(*tasks) == [100, 110, 20]
+
+
 async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
     scheduler = Scheduler(worker.run, budget=100)
     first, second, third = submit(scheduler, 1) + submit(scheduler, 2) + submit(scheduler, 3)

@@ -19,9 +19,12 @@ class Embedded:
     infer_ms: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Served:
-    """What a model's replicas say of themselves: the model that is really there, and how it is computed."""
+    """What a model's replicas say of themselves: the model that is really there, and how it is computed.
+
+    Without slots, whose pickle is a list by position: replicas of other code, in an update, may know other fields.
+    """
 
     id: str
     created: int  # Unix time in seconds
@@ -30,13 +33,13 @@ class Served:
     precision: str
     device: str
     lanes: int  # batches that one replica's engine runs at once
-    lane_tokens: int  # those beyond the first of at least so many tokens
     dimensions: int
     normalize: bool
     max_tokens: int
     weights: str  # digest of all that decides the vectors but engine and precision
     fingerprint: str
     tokenizer: str  # digest of all that decides the token ids
+    lane_tokens: int = 1  # least tokens of a batch that runs beside another
 
 
 @dataclass(frozen=True, slots=True)

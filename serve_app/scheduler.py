@@ -1,8 +1,9 @@
 """A work-conserving queue in front of a worker: whatever waits leaves as one batch the moment the worker is free.
 
-Nothing waits for a batch to fill and nothing waits while the worker is idle, so batches are as small as the load allows
-and as large as it demands. One class serves twice: in front of the engine (one batch at a time), and in the ingress in
-front of the calls to other deployments (several in flight).
+Nothing waits for a batch to fill, and nothing waits while the worker is idle, but for some turns of the event loop
+where that is asked for. So batches are as small as the load allows and as large as it demands. One class serves twice:
+in front of the engine (one batch at a time), and in the ingress in front of the calls to other deployments (several in
+flight).
 """
 
 import asyncio
@@ -27,8 +28,13 @@ class Slots:
     budget: int  # most cost in one batch
     workers: int = 1  # batches of any size that may run at once
     lanes: int = 1  # batches that each worker runs at once
-    lane_cost: int = 1  # least cost of those beyond its first: less is better off in the next batch
+    lane_cost: int = 1  # least cost of a batch beside another of the same worker: less is better off in the next
     full_concurrency: int = 0  # batches that are full, and so gain nothing from waiting, where that is more
+
+    @property
+    def least(self) -> int:
+        """The same, but never so much that a batch which is not worth a lane would be full."""
+        return max(1, min(self.lane_cost, self.budget // 8))
 
     def may_start(self, waiting_cost: int, running: int, running_partial: int) -> bool:
         """Whether a batch may start beside those that run, of which `running_partial` are not full."""
@@ -38,17 +44,19 @@ class Slots:
             return True
         # What is not full does not wait for what is: a short text would wait for all of a long list. But it does wait
         # for what is not full either, unless it is enough to be worth a lane.
-        slots = self.workers * (self.lanes if waiting_cost >= self.lane_cost else 1)
+        slots = self.workers * (self.lanes if waiting_cost >= self.least else 1)
         return running_partial < slots
 
     def share(self, waiting_cost: int, running_partial: int) -> int:
         """Most cost of the next batch: of what waits, as much for each batch that could start now."""
-        free = max(1, self.workers * self.lanes - running_partial)
-        return min(self.budget, max(-(-waiting_cost // free), self.lane_cost))
+        share = -(-waiting_cost // max(1, self.workers * self.lanes - running_partial))
+        if share < self.least:  # not worth several lanes of a worker
+            share = -(-waiting_cost // max(1, self.workers - running_partial))
+        return min(self.budget, share)
 
     def pieces(self, cost: int) -> int:
         """Into how many pieces a job of that cost is best cut: one for each batch that could run."""
-        return min(self.workers * self.lanes, cost // self.lane_cost)
+        return min(self.workers * self.lanes, cost // self.least)
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +156,9 @@ class Scheduler(Generic[Job, Result]):
             loop.call_soon(self._dispatch, loop)
             return
         self._dispatch_is_due = False
+        self._start(loop)
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         while self.slots.may_start(self.waiting_cost, len(self._running), self._running_partial):
             share = self.slots.share(self.waiting_cost, self._running_partial)
             is_full = share >= self.slots.budget
@@ -220,4 +231,4 @@ class Scheduler(Generic[Job, Result]):
             self._turns_left = self._turns
             self._dispatch_soon(task.get_loop())
         else:
-            self._dispatch(task.get_loop())
+            self._start(task.get_loop())

@@ -56,7 +56,7 @@ class Tokenizer:
             if len(text) > self._max_characters:
                 rows[index] = [self.frame.start_id, *self._ids_of_long(text), self.frame.end_id]
         full_lengths = list(map(len, rows))
-        if max(full_lengths) > self.frame.max_tokens:
+        if max(full_lengths, default=0) > self.frame.max_tokens:
             rows = [self._cut(row) for row in rows]
         lengths = np.array(list(map(len, rows)), np.int32)
         ids = np.fromiter(chain.from_iterable(rows), np.int32)

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 
 from serve_app.answers import Described, Embedded, Served
-from serve_app.errors import EmbeddingError
 from serve_app.packing import Frame, Packed, Tokenized, enclose
 
 FRAME = Frame(start_id=101, end_id=102, vocabulary=1000, max_tokens=16)
@@ -48,7 +47,7 @@ class HandStages:
 
     def __init__(self, model: str = "Mihaiii/Ivysaur") -> None:
         self.model = model
-        self.failure: EmbeddingError | None = None
+        self.failure: Exception | None = None
         self.texts_by_call: list[int] = []
         self.tokens_by_call: list[int] = []
         self.tokenizer = "t0k"

@@ -34,7 +34,7 @@ class Costs:
     token_s: float = 0.001
     batch_tokens: int = 1024
     lanes: int = 1  # batches that one replica runs at once, each in the time given here
-    lane_tokens: int = 1  # those beyond the first of at least so many tokens
+    lane_tokens: int = 1  # least tokens of a batch that runs beside another
     start_s: float = 10.0  # from the decision until a replica takes calls
     notice_s: float = 1.0  # until every ingress knows of it
     request_s: float = 0.003  # in the ingress and on the way

@@ -29,7 +29,7 @@ LAUNCH_CELLS = 4096
 LAUNCH_OVERHEAD_CELLS = 48
 # A batch of at most so many tokens gets all threads while it is alone.
 WIDE_TOKENS = 256
-# A longer text gets them only so long after two calls ran at once: else the next call would be in its way.
+# A longer text gets them only if no two calls ran at once for so long: else the next call would be in its way.
 CALM_S = 0.1
 # Tokens by which the shape of a launch grows at least: so few cost next to nothing while weights are read from memory.
 STEP = 16

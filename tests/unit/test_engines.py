@@ -5,9 +5,11 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from openvino import InferRequest
 
 from serve_app import engines
 from serve_app.engines import bert, choose, open_engine, self_test
@@ -165,6 +167,37 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
     save_file(tensors | {"embeddings.LayerNorm.weight": norm[:5]}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"is \(5,\), config.json says \(384,\)"):
         bert.load(tmp_path, "mean", True)
+
+
+def test_a_small_batch_has_all_threads_while_it_is_alone(network: Bert) -> None:
+    engine = OpenVinoEngine(network, "float32", 2)
+    used: list[str] = []
+
+    class Seen:
+        """A request to the engine that notes its use; the first one makes a call while it runs."""
+
+        def __init__(self, name: str, inner: InferRequest) -> None:
+            self.name, self.inner = name, inner
+
+        def infer(self, *args: Any, **options: Any) -> None:
+            used.append(self.name)
+            if len(used) == 1:
+                engine.embed(sequences(40, 40))
+            self.inner.infer(*args, **options)
+
+        def get_output_tensor(self, index: int) -> Any:
+            return self.inner.get_output_tensor(index)
+
+    engine._wide = Seen("wide", engine._wide)  # type: ignore[assignment]
+    for lane in [engine._free.get() for _ in range(engine.lanes + 1)]:
+        engine._free.put(Seen("lane", lane))  # type: ignore[arg-type]
+    small, brief, large = sequences(40, 40), sequences(9, 9), sequences(*[60] * 6)
+    vectors = engine.embed(small)
+    assert used == ["wide", "lane"]  # the second was not alone
+    for packed in (brief, large, small):
+        engine.embed(packed)
+    assert used[2:] == ["lane", "lane", "wide"]
+    assert cosines(vectors, reference(network, small)).min() >= 0.999999
 
 
 async def test_no_text_waits_while_the_engine_is_idle_and_batches_grow_while_it_is_busy(network: Bert) -> None:

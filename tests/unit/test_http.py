@@ -29,14 +29,16 @@ from tests.hand import HandStages, vector
 MODEL = "Mihaiii/Ivysaur"
 
 
-async def client(stages: HandStages, keys: Keys | None = None, **settings: object) -> httpx.AsyncClient:
+async def client(
+    stages: HandStages, keys: Keys | None = None, shows_faults: bool = False, **settings: object
+) -> httpx.AsyncClient:
     checked = Settings.model_validate(settings)
     models = Catalog([Pipeline(ModelSettings(), stages, checked.max_request_tokens)])
     if stages.failure is None:
         await models.pipelines[0].discover(time.monotonic() + 60)
     [middleware] = middlewares()
     app = middleware.cls(create_app(models, checked, keys))
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=shows_faults)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -267,6 +269,25 @@ async def test_a_browser_may_call_from_the_origins_of_the_settings() -> None:
             "/v1/embeddings", json={"model": MODEL, "input": "x"}, headers={"origin": "https://app.example.com"}
         )
         assert "x-model-fingerprint" in answer.headers["access-control-expose-headers"]
+        wrong = await http.post("/v1/embeddings", json={}, headers={"origin": "https://app.example.com"})
+        assert wrong.status_code == 400  # which the page may read
+        assert wrong.headers["access-control-allow-origin"] == "https://app.example.com"
+        foreign = await http.post("/v1/embeddings", json={}, headers={"origin": "https://evil.example.com"})
+        assert "access-control-allow-origin" not in foreign.headers
+
+
+@pytest.mark.parametrize("shows_faults", [False, True])
+async def test_a_fault_reaches_the_log_and_the_client_only_learns_that_there_was_one(shows_faults: bool) -> None:
+    stages = HandStages()
+    async with await client(stages, shows_faults=shows_faults) as http:
+        stages.failure = ValueError("somebody's text")
+        if shows_faults:  # the server above it gets the exception, for its log
+            with pytest.raises(ValueError, match="somebody"):
+                await http.post("/v1/embeddings", json={"model": MODEL, "input": "x"})
+            return
+        answer = await http.post("/v1/embeddings", json={"model": MODEL, "input": "x"})
+    assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
+    assert "somebody" not in answer.text
 
 
 async def test_the_docs_need_nothing_from_the_internet() -> None:

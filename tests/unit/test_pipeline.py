@@ -42,6 +42,33 @@ async def test_requests_that_arrive_while_calls_are_in_flight_leave_together() -
     assert len(stages.tokens_by_call) <= 5
 
 
+async def test_who_is_answered_and_asks_again_leaves_with_those_who_waited() -> None:
+    began, gate = asyncio.Event(), asyncio.Event()
+
+    class Slow(HandStages):
+        async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:
+            embedded = await super().infer(packed, deadline, is_bulk)
+            began.set()
+            await gate.wait()
+            return embedded
+
+    stages = Slow()
+    model = pipeline(stages)
+    await model.discover(FAR)
+
+    async def ask_twice() -> None:
+        await model.embed(["ab"], FAR)
+        await model.embed(["abcd"], FAR)
+
+    asked = [asyncio.create_task(ask_twice()) for _ in range(2)]
+    await began.wait()
+    asked.append(asyncio.create_task(model.embed(["abcdef"], FAR)))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*asked)
+    assert stages.tokens_by_call == [4 + 4, 8 + 6 + 6]
+
+
 async def test_a_short_text_is_tokenized_where_it_arrives_and_a_long_one_by_the_stage() -> None:
     stages = HandStages()
     for characters in (1, SHORT_CHARACTERS, SHORT_CHARACTERS + 1):

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 import pytest
 
 from serve_app.errors import CallerGone, DeadlineExceeded
-from serve_app.scheduler import Entry, Scheduler
+from serve_app.scheduler import Entry, Scheduler, Slots
 
 FAR = time.monotonic() + 3600
 
@@ -200,6 +200,40 @@ async def test_who_is_answered_and_asks_again_leaves_with_those_who_waited(
     assert worker.batches == [[0, 1], second]
     worker.let_finish(2)
     assert await asyncio.gather(*tasks) == [100, 110, 20]
+
+
+async def test_while_another_batch_runs_the_next_one_waits_for_nobody(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100, workers=2, turns=4)
+
+    async def ask_twice() -> int:
+        await scheduler.submit(0, 1, FAR)
+        return await scheduler.submit(10, 1, FAR)
+
+    tasks = [asyncio.create_task(ask_twice())]
+    await worker.began.acquire()
+    tasks += submit(scheduler, 1)
+    await worker.began.acquire()
+    tasks += submit(scheduler, 2)
+    await turns()
+    worker.let_finish()
+    await worker.began.acquire()
+    assert worker.batches == [[0], [1], [2]]
+    worker.let_finish(3)
+    assert await asyncio.gather(*tasks) == [100, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("slots", "waiting", "share"),
+    [
+        (Slots(1024, lanes=2, lane_cost=128), 300, 150),
+        (Slots(1024, lanes=2, lane_cost=128), 200, 200),  # two lanes would have too little
+        (Slots(1024, workers=2, lanes=2, lane_cost=128), 100, 50),  # but no worker idles for that
+        (Slots(1024, lanes=2, lane_cost=9999), 10, 10),  # which is not a full batch
+        (Slots(1024, lanes=2, lane_cost=128), 9999, 1024),
+    ],
+)
+def test_what_waits_is_shared_as_far_as_it_is_worth_it(slots: Slots, waiting: int, share: int) -> None:
+    assert slots.share(waiting, 0) == share
 
 
 async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:

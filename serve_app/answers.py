@@ -59,10 +59,7 @@ def deal(whole: Embedded, jobs: Sequence[Packed]) -> list[Embedded]:
     if len(jobs) == 1:
         return [whole]
     ends = np.cumsum([job.rows for job in jobs]).tolist()
-    return [
-        Embedded(whole.vectors[end - job.rows : end], whole.weights, whole.fingerprint, whole.infer_ms)
-        for job, end in zip(jobs, ends, strict=True)
-    ]
+    return [replace(whole, vectors=whole.vectors[end - job.rows : end]) for job, end in zip(jobs, ends, strict=True)]
 
 
 def assemble(parts: Sequence[Embedded], order: NDArray[np.intp]) -> Embedded:

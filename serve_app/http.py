@@ -149,8 +149,9 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
 
 
 class _App(FastAPI):
-    """FastAPI, but its one busy route is reached without the layers around the others, 7 % of a short request's time
-    here. So FastAPI's own telemetry does not see this route (Serve's metrics do), nor does what `add_middleware` adds.
+    """FastAPI, but its one busy route is reached without the layers around the others, a tenth of a short request's
+    work in this process. So FastAPI's own telemetry does not see this route (Serve's metrics do), nor does what
+    `add_middleware` adds.
     """
 
     PATH = "/v1/embeddings"

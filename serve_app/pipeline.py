@@ -61,8 +61,6 @@ HEADROOM = 0.75
 CHARACTERS_A_TOKEN = 4
 # How long replicas may take to say what they serve.
 DISCOVERY_TIMEOUT_S = 5.0
-# The order of a single text, which needs no sorting.
-ONE_ROW = np.zeros(1, np.intp)
 # Times that a request is computed again while replicas of new weights take the place of old ones.
 ROLLOUT_TRIES = 3
 
@@ -237,8 +235,8 @@ class Pipeline:
         same model and tokenizer that have taken their place."""
         queue = self._short if packed.tokens <= served.max_tokens else self._long
         # A piece for each batch that the replicas can run at once, with rows of like length together.
-        order = np.argsort(-packed.lengths, kind="stable") if packed.rows > 1 else ONE_ROW
-        ordered = reorder(packed, order) if packed.rows > 1 else packed
+        order = np.argsort(-packed.lengths, kind="stable")
+        ordered = packed if packed.rows == 1 else reorder(packed, order)
         pieces = split(ordered, self.settings.batch_tokens, queue.slots.pieces(packed.tokens))
         name, tokenizer = served.id, served.tokenizer
         for _ in range(ROLLOUT_TRIES):

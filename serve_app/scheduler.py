@@ -33,7 +33,7 @@ class Slots:
 
     @property
     def least(self) -> int:
-        """The same, but never so much that a batch which is not worth a lane would be full."""
+        """`lane_cost`, but not so much of a small budget that what is worth no lane would be a full batch."""
         return max(1, min(self.lane_cost, self.budget // 8))
 
     def may_start(self, waiting_cost: int, running: int, running_partial: int) -> bool:

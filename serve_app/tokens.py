@@ -55,12 +55,9 @@ class Tokenizer:
         for index, text in enumerate(texts):
             if len(text) > self._max_characters:
                 rows[index] = [self.frame.start_id, *self._ids_of_long(text), self.frame.end_id]
-        full_lengths = list(map(len, rows))
-        if max(full_lengths, default=0) > self.frame.max_tokens:
-            rows = [self._cut(row) for row in rows]
-        lengths = np.array(list(map(len, rows)), np.int32)
-        ids = np.fromiter(chain.from_iterable(rows), np.int32)
-        return Tokenized(Packed(ids, lengths), np.array(full_lengths, np.int32))
+        full_lengths = np.array(list(map(len, rows)), np.int32)
+        ids = np.fromiter(chain.from_iterable(map(self._cut, rows)), np.int32)
+        return Tokenized(Packed(ids, np.minimum(full_lengths, self.frame.max_tokens)), full_lengths)
 
     def _cut(self, row: list[int]) -> list[int]:
         return row if len(row) <= self.frame.max_tokens else [*row[: self.frame.max_tokens - 1], self.frame.end_id]

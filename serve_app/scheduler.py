@@ -33,7 +33,7 @@ class Slots:
 
     @property
     def least(self) -> int:
-        """`lane_cost`, but not so much of a small budget that what is worth no lane would be a full batch."""
+        """`lane_cost`, but so little of a small budget that what fills no batch can be cut for several workers."""
         return max(1, min(self.lane_cost, self.budget // 8))
 
     def may_start(self, waiting_cost: int, running: int, running_partial: int) -> bool:

@@ -236,6 +236,18 @@ def test_what_waits_is_shared_as_far_as_it_is_worth_it(slots: Slots, waiting: in
     assert slots.share(waiting, 0) == share
 
 
+@pytest.mark.parametrize(
+    ("slots", "cost", "pieces"),
+    [
+        (Slots(1024, lanes=2, lane_cost=128), 300, 2),
+        (Slots(1024, lanes=2, lane_cost=128), 200, 1),
+        (Slots(1024, workers=4, lane_cost=1024), 900, 4),  # less than a batch, and yet worth more than one worker
+    ],
+)
+def test_a_job_is_cut_into_pieces_that_are_worth_it(slots: Slots, cost: int, pieces: int) -> None:
+    assert slots.pieces(cost) == pieces
+
+
 async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
     scheduler = Scheduler(worker.run, budget=100)
     first, second, third = submit(scheduler, 1) + submit(scheduler, 2) + submit(scheduler, 3)

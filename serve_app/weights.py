@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from serve_app.errors import WeightsError
@@ -51,8 +49,6 @@ CONVERT = "python -c \"from sentence_transformers import SentenceTransformer as 
 
 # How long the hub may take to connect, or to answer, before it counts as out of reach.
 HUB_TIMEOUT_S = 5.0
-# Else the library's first request asks the hub for a list of coding agents, and waits 3 s more if it is out of reach.
-constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +104,8 @@ def _open(source: str, settings: ModelSettings) -> Weights:
 
 def _reason(error: Exception) -> str:
     """One line for an error; the library's have many."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
     if isinstance(error, GatedRepoError):
         return "the model is gated: accept its terms on its page, and set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
@@ -124,6 +122,11 @@ def download(model: str, revision: str, into: Path | None = None) -> tuple[Path,
     Where the hub can't be asked, takes the cached copy and logs so. Raises WeightsError for a file that is not what the
     hub says, after deleting it, and otherwise what the library raises.
     """
+    # Imported by who asks the hub: it takes a sixth of the time in which a process can import all of Serve.
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    # Else its first request asks the hub for a list of coding agents, and waits 3 s more if it is out of reach.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/"))
     try:
         # One request with a timeout and no retries. `snapshot_download` begins with one that has no timeout, and

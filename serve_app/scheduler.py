@@ -143,6 +143,7 @@ class Scheduler(Generic[Job, Result]):
             return await entry.answer
         finally:
             self.unfinished_cost -= cost
+            del entry  # its answer may be an error, whose traceback holds this frame: a cycle, and the job with it
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # On the loop's next turn rather than now, so that jobs submitted in this turn leave together.

@@ -71,7 +71,7 @@ class OpenVinoEngine:
         # A call takes a lane from here and brings it back, the last one first. There is one more than threads, so that
         # a short text need not wait for the batches of a long list.
         self._free: LifoQueue[InferRequest] = LifoQueue()
-        with ThreadPoolExecutor(threads) as pool:  # compiling one takes 0.4 s of one core
+        with ThreadPoolExecutor(threads) as pool:
             self._wide, *lanes = pool.map(request, [threads] + [1] * (threads + 1))
         for lane in lanes:
             self._free.put(lane)

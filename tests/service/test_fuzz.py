@@ -378,9 +378,9 @@ async def _embed(http: httpx.AsyncClient, text: str) -> np.ndarray:
 
 
 def _generated(count: int) -> list[Sent]:
-    """So many requests with different bodies as Hypothesis draws them, new ones in every run."""
+    """At least so many requests with different bodies as Hypothesis draws them, new ones in every run."""
     drawn = {sent.body: sent for sent in _edges()}
-    # Drawing takes two fifths of the test, and of one process only one core. About one in a hundred is drawn by both.
+    # Drawing takes long, and of one process only one core. About one in a hundred is drawn by both.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
         for part in processes.map(_drawn, [count // 2 + count // 40] * 2):
             drawn |= part

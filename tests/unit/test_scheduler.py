@@ -1,7 +1,9 @@
 """The queue's laws: no job waits while the worker is idle, batches grow while it is busy, each is answered once."""
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 
@@ -260,6 +262,29 @@ async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
     worker.let_finish(2)
     assert await asyncio.gather(first, second, third, late[1]) == [10, 20, 30, 50]
     assert worker.batches == [[1, 2, 3], [5]]
+
+
+async def test_a_job_that_was_given_up_is_freed_without_the_garbage_collector() -> None:
+    class Job:
+        pass
+
+    async def run(entries: Sequence[Entry[Job, None]]) -> list[None]:
+        raise AssertionError("nobody waits for it")
+
+    scheduler = Scheduler(run, budget=100)
+    jobs = [Job() for _ in range(3)]
+    freed = [weakref.ref(job) for job in jobs]
+    gc.collect()
+    gc.disable()
+    try:
+        tasks = [asyncio.create_task(scheduler.submit(jobs.pop(), 1, FAR, is_gone=lambda: True)) for _ in range(3)]
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(error) for error in errors] == [CallerGone] * 3
+        del tasks, errors
+        await turns()
+        assert [job() for job in freed] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_a_job_whose_caller_is_gone_when_its_turn_comes_is_never_run(worker: Worker) -> None:

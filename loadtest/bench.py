@@ -24,12 +24,13 @@ import psutil
 
 from loadtest import report, wrk
 from loadtest.meter import Meter, wait_until_idle
-from loadtest.systems import ROOT, StartError, System, systems
+from loadtest.systems import ROOT, StartError, System, gpu_systems, systems
 from loadtest.weights import agreement, reference, tokens
 from loadtest.workload import CELLS, Cell, requests, write
 
 RAW = "raw-engine"
 SYSTEMS = ("ours", "infinity-onnx", "infinity-torch", "plain-serve", RAW)
+GPU_SYSTEMS = ("ours", "infinity-torch")  # the engine alone on a GPU: `python -m loadtest.gpu`
 RESULTS = ROOT / "loadtest" / "results"
 WARM_UP_S = 2.0
 WARM_UP_CONNECTIONS = 8
@@ -159,10 +160,10 @@ def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
         process.terminate()
 
 
-def header(cells: Sequence[Cell], rounds: int, wrk_version: str) -> dict[str, Any]:
+def header(cells: Sequence[Cell], rounds: int, wrk_version: str, on_gpu: bool) -> dict[str, Any]:
     """What a report has to say of the run and its machine."""
     model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
-    packages = ("ray", "torch", "openvino", "tokenizers", "transformers")
+    packages = ["ray", "torch", "tokenizers", *([] if on_gpu else ["openvino", "transformers"])]
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "command": shlex.join(["python", "-m", "loadtest.bench", *sys.argv[1:]]),
@@ -171,6 +172,7 @@ def header(cells: Sequence[Cell], rounds: int, wrk_version: str) -> dict[str, An
             "cores": psutil.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
             "kernel": platform.release(),
+            **({"gpu": _gpu()} if on_gpu else {}),
         },
         "versions": {
             "python": platform.python_version(),
@@ -182,6 +184,11 @@ def header(cells: Sequence[Cell], rounds: int, wrk_version: str) -> dict[str, An
     }
 
 
+def _gpu() -> str:
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
 def _cpuinfo() -> list[str]:
     file = Path("/proc/cpuinfo")
     return file.read_text().splitlines() if file.exists() else []
@@ -191,13 +198,18 @@ def arguments() -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench", description="Measure the service and its peers.")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each system (default: 3)")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="NAME", help=f"{SYSTEMS}")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="NAME", help=f"default: all of {SYSTEMS}")
+    parser.add_argument("--gpu", action="store_true", help=f"on this machine's GPU, and of the systems {GPU_SYSTEMS}")
     parser.add_argument("--cells", nargs="+", default=(), metavar="PREFIX", help="beginnings of cell names, such as 9w")
     parser.add_argument("--seconds-factor", type=float, default=1.0, help="scales the time of each measurement")
     parser.add_argument("--output", type=Path, help="the raw results; default: loadtest/results/DATE.jsonl")
     parsed = parser.parse_args()
     if not chosen(parsed.cells):
         parser.error(f"no cell begins with {parsed.cells}; there are {', '.join(cell.name for cell in CELLS)}")
+    there = GPU_SYSTEMS if parsed.gpu else SYSTEMS
+    parsed.systems = parsed.systems or there
+    if not set(parsed.systems) <= set(there):
+        parser.error(f"on a GPU only {', '.join(there)} can be measured")
     return parsed
 
 
@@ -214,10 +226,11 @@ def main() -> None:
     out = Recorder(output)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         folder = Path(scratch)
-        servers = {name: system for name, system in systems(folder).items() if name in options.systems}
+        known = gpu_systems(folder) if options.gpu else systems(folder)
+        servers = {name: system for name, system in known.items() if name in options.systems}
         for system in servers.values():
             system.prepare()
-        out.record(f"writing {output}", kind="run", **header(cells, options.rounds, wrk_version))
+        out.record(f"writing {output}", kind="run", **header(cells, options.rounds, wrk_version, options.gpu))
         for round_ in range(options.rounds):
             names = list(options.systems)
             first = round_ % len(names)

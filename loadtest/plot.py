@@ -37,7 +37,9 @@ def draw(results: Results, file: Path) -> None:
         _lines(axes[f"rate {shape}"], results, shape, "requests_per_s", f"{said}: requests/s")
         _lines(axes[f"p99 {shape}"], results, shape, "p99_ms", f"{said}: p99 in ms")
     _bars(axes["ratio"], results)
-    figure.suptitle(f"{results.run['machine']['cpu']}, {results.run['machine']['cores']} cores, {results.run['date']}")
+    machine = results.run["machine"]
+    where = f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if "gpu" in machine else "")
+    figure.suptitle(f"{where}, {results.run['date']}")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

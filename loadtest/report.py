@@ -220,7 +220,7 @@ def markdown(results: Results, plot: str) -> str:
         [
             f"# Benchmark of {run['date']}", "",
             f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, Linux "
-            f"{machine['kernel']}",
+            f"{machine['kernel']}" + (f", {machine['gpu']}" if "gpu" in machine else ""),
             "- Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
             *(["- Infinity's: " + ", ".join(f"{name} {v}" for name, v in infinity.items())] if infinity else []),
             f"- Command: `{run['command']}`, {plural(run['rounds'], 'round')}",

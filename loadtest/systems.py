@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -173,8 +174,8 @@ def _export(folder: Path) -> None:
     file.write_text(json.dumps(config | {"max_position_embeddings": FOUND.max_tokens}))
 
 
-def _infinity(name: str, engine: str, model: str, cwd: Path) -> System:
-    options = f"--engine {engine} --device cpu --pooling-method mean --host 127.0.0.1 --port 7997 --url-prefix /v1"
+def _infinity(name: str, engine: str, model: str, cwd: Path, device: str = "cpu") -> System:
+    options = f"--engine {engine} --device {device} --pooling-method mean --host 127.0.0.1 --port 7997 --url-prefix /v1"
     return System(
         name=name,
         url="http://127.0.0.1:7997/v1",
@@ -206,16 +207,46 @@ def _plain_serve(folder: Path) -> System:
     )
 
 
-def systems(folder: Path) -> dict[str, System]:
-    """All servers by name; `folder` is for what they are started with."""
-    ours = System(
+def _ours(config: str, *packages: str) -> System:
+    return System(
         name="ours",
         url="http://127.0.0.1:8000/v1",
-        command=(PYTHON, "-m", "serve_app", "serve_config.yaml"),
+        command=(PYTHON, "-m", "serve_app", config),
         python=PYTHON,
-        packages=("ray", "openvino", "torch", "tokenizers"),
+        packages=("ray", "torch", "tokenizers", *packages),
         role=ray_role,
     )
+
+
+def gpu_config(cores: int) -> dict[str, Any]:
+    """serve_config.yaml with its model on a GPU, and from the start as many replicas of the others as so many cores
+    carry: none is started while it is measured."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    application = config["applications"][0]
+    application["args"]["models"][0]["batch_tokens"] = 65_536
+    changes = {
+        "Ingress": {"num_replicas": max(1, cores // 2)},
+        "Tokenizer": {"num_replicas": max(1, cores // 4)},
+        "Model": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 1, "num_gpus": 1}},
+    }
+    for deployment in application["deployments"]:
+        del deployment["autoscaling_config"]
+        deployment.update(changes[deployment["name"].split("-")[0]])
+    return config
+
+
+def gpu_systems(folder: Path) -> dict[str, System]:
+    """Those that are measured on a GPU: the service, and Infinity's torch engine (its other would need an onnxruntime
+    for CUDA)."""
+    file = folder / "gpu.yaml"
+    file.write_text(yaml.safe_dump(gpu_config(os.cpu_count() or 1)))
+    peer = _infinity("infinity-torch", "torch", str(TORCH_MODEL), PEERS, device="cuda")
+    return {system.name: system for system in (_ours(str(file)), peer)}
+
+
+def systems(folder: Path) -> dict[str, System]:
+    """All servers by name; `folder` is for what they are started with."""
+    ours = _ours("serve_config.yaml", "openvino")
     peers = [
         _infinity("infinity-onnx", "optimum", ".", ONNX_MODEL),
         _infinity("infinity-torch", "torch", str(TORCH_MODEL), PEERS),

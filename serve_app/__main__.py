@@ -179,7 +179,7 @@ def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None
         status, state = _get(f"{url}/readyz")
         if status == 200:
             listed, models = _get(f"{url}/v1/models")
-            if listed not in (200, 401):
+            if listed != 401 and not models.get("data"):  # an answer of another replica, which knows of none yet
                 continue
             all_ready = set(state["models"].values()) <= SETTLED
             # What is not ready is said when the first one is: it may never be.

@@ -27,6 +27,11 @@ class Catalog:
             name: pipeline for pipeline in pipelines for name in (pipeline.settings.id, *pipeline.settings.aliases)
         }
 
+    async def listed(self, deadline: float) -> list[tuple[str, Pipeline, Served]]:
+        """The same as `served`, but a new replica of the ingress does not take what it has yet to learn for nothing."""
+        await self._first_word(self.pipelines, deadline)
+        return self.served()
+
     def served(self) -> list[tuple[str, Pipeline, Served]]:
         """Every name that answers now, with what stands behind it."""
         names: list[tuple[str, Pipeline, Served]] = []

@@ -109,7 +109,8 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         _authenticate(request, keys)
-        return _json({"object": "list", "data": [_model(name, served) for name, _, served in catalog.served()]})
+        listed = await catalog.listed(time.monotonic() + READY_TIMEOUT_S)
+        return _json({"object": "list", "data": [_model(name, served) for name, _, served in listed]})
 
     @app.get("/v1/models/{id:path}")
     async def model(request: Request) -> Response:

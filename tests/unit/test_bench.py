@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.schema import ServeDeploySchema
 
 from loadtest import meter, report, summary, workload, wrk
 from loadtest.summary import Stat
+from loadtest.systems import gpu_config
 
 CELLS = {cell.name: cell for cell in workload.CELLS}
 
@@ -47,6 +49,16 @@ def test_bodies_are_written_once_a_shape_and_encoding(tmp_path: Path) -> None:
         "encoding_format": "float",
     }
     assert json.loads(workload.body(["a", "b"], "base64"))["input"] == ["a", "b"]
+
+
+def test_on_a_gpu_the_service_has_one_model_there_and_its_other_replicas_from_the_start() -> None:
+    found = ServeDeploySchema.model_validate(gpu_config(cores=16)).applications[0]
+    assert found.args["models"][0]["batch_tokens"] == 65_536
+    deployments = {each.name: each for each in found.deployments}
+    counts = {name: each.num_replicas for name, each in deployments.items()}
+    assert counts == {"Ingress": 8, "Tokenizer-Ivysaur": 4, "Model-Ivysaur": 1}
+    assert deployments["Model-Ivysaur"].ray_actor_options.num_gpus == 1
+    assert all(each["num_replicas"] == 1 for each in gpu_config(cores=1)["applications"][0]["deployments"])
 
 
 def load(**changes: Any) -> wrk.Load:

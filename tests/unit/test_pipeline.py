@@ -209,11 +209,13 @@ async def test_who_asks_before_the_replicas_have_spoken_waits_for_their_first_wo
     asking = [asyncio.create_task(models.find(name, FAR)) for name in (STAND_IN, "ivy")]
     with pytest.raises(ModelNotFound, match="`gpt` does not exist"):
         await models.find("gpt", FAR)  # nothing may turn out to serve that
+    listing = asyncio.create_task(models.listed(FAR))
     await asyncio.sleep(0.01)
-    assert not any(task.done() for task in asking)
+    assert not any(task.done() for task in (*asking, listing))
     await models.pipelines[0].discover(FAR)
     found, stood_in = await asyncio.gather(*asking, return_exceptions=True)
     assert found is models.pipelines[0] and isinstance(stood_in, ModelNotFound)
+    assert [name for name, _, _ in await listing] == [STAND_IN]
 
 
 async def test_nobody_waits_for_another_models_first_word_or_past_the_deadline() -> None:
@@ -223,6 +225,7 @@ async def test_nobody_waits_for_another_models_first_word_or_past_the_deadline()
     started = time.monotonic()
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
         await models.find("other/model", started + 0.3)
+    assert [name for name, _, _ in await models.listed(started + 0.3)] == ["Mihaiii/Ivysaur", "ivy"]
     assert time.monotonic() < started + 0.3, "no time is left to refuse it as it should be"
 
 

@@ -276,7 +276,7 @@ def test_a_batch_over_the_memory_is_refused_and_the_engine_goes_on() -> None:
     total_bytes = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total_bytes + 0.0005)
     try:
-        with pytest.raises(EngineError, match="lower batch_tokens"):
+        with pytest.raises(MemoryError, match="lower batch_tokens"):
             opened.embed(sequences(*[512] * 64))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -15,8 +15,10 @@ OPTIONS ?=
 serve: $(VENV)/.serve
 	@exec $(BIN)/python -m serve_app serve_config.yaml
 
+# First what can share the machine, two files at a time; then what starts the service, and needs it for itself.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m 'not service' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests -m service
 
 load: $(VENV)/.load
 	$(BIN)/locust -f loadtest/traffic/locustfile.py --headless --loglevel WARNING \

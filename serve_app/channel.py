@@ -268,4 +268,5 @@ class Channel(_Frames):
         finally:
             self.load -= cost
             self._answers.pop(number, None)
+            del answer  # it may be an error, whose traceback holds this frame: a cycle, and the job with it
             self._close_if_idle()

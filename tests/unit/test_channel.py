@@ -1,8 +1,10 @@
 """Calls between replicas over real sockets: order, errors, strangers, and what happens when a replica goes away."""
 
 import asyncio
+import gc
 import pickle
 import time
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
@@ -135,6 +137,22 @@ async def test_any_other_error_arrives_without_its_message(service: Service) -> 
     with pytest.raises(EngineError, match=r"^a replica failed with KeyError$"):
         await service.pool.call("no such method", None, 1, soon())
     assert await service.pool.call("echo", "still there", 1, soon()) == "still there"
+
+
+async def test_a_job_that_failed_is_freed_without_the_garbage_collector(service: Service) -> None:
+    _, endpoints = await service.start(1)
+    await service.pool.update(endpoints)
+    jobs = [EngineError("of no use")]
+    freed = weakref.ref(jobs[0])
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(EngineError):
+            await service.pool.call("fail", jobs.pop(), 1, soon())
+        await asyncio.sleep(0)  # the loop holds the answer for as long as this task goes on with it
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 async def test_calls_of_a_replica_that_dies_are_made_again_at_another(service: Service) -> None:

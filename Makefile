@@ -28,7 +28,7 @@ cluster: $(VENV)/.serve
 	@exec $(BIN)/python -m cluster.local
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m loadtest.bench
+	$(BIN)/python -m loadtest.bench $(OPTIONS)
 
 # Everything that can be killed, under load; about eight minutes. `OPTIONS=--short` takes two.
 chaos: $(VENV)/.load

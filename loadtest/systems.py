@@ -219,8 +219,10 @@ def _ours(config: str, *packages: str) -> System:
 
 
 def gpu_config(cores: int) -> dict[str, Any]:
-    """serve_config.yaml with its model on a GPU, and from the start as many replicas of the others as so many cores
-    carry: none is started while it is measured."""
+    """serve_config.yaml with its model on a GPU, and as many replicas of the others as so many cores carry.
+
+    Their numbers are fixed, so that none starts during a measurement.
+    """
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     application = config["applications"][0]
     application["args"]["models"][0]["batch_tokens"] = 65_536

@@ -179,9 +179,10 @@ def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None
         status, state = _get(f"{url}/readyz")
         if status == 200:
             listed, models = _get(f"{url}/v1/models")
-            if listed != 401 and not models.get("data"):  # an answer of another replica, which knows of none yet
-                continue
-            all_ready = set(state["models"].values()) <= SETTLED
+            settled = [name for name, reason in state["models"].items() if reason in SETTLED]
+            if listed != 401 and len(models.get("data", [])) < len(settled):
+                continue  # another replica of the ingress answered, which does not know of all yet
+            all_ready = len(settled) == len(state["models"])
             # What is not ready is said when the first one is: it may never be.
             lines = [line for line in ready_lines(url, state, models) if not said or line.startswith("READY ")]
             for line in lines:

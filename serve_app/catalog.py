@@ -28,7 +28,7 @@ class Catalog:
         }
 
     async def listed(self, deadline: float) -> list[tuple[str, Pipeline, Served]]:
-        """The same as `served`, but a new replica of the ingress does not take what it has yet to learn for nothing."""
+        """What is `served`, once all models have said so, or a young ingress has waited for that long enough."""
         await self._first_word(self.pipelines, deadline)
         return self.served()
 

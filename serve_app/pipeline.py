@@ -277,6 +277,6 @@ async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
-        for task in tasks:
-            task.cancel()
+        while tasks:  # emptied, since the error's traceback holds the list, and one of these the error
+            tasks.pop().cancel()
         raise

@@ -25,7 +25,7 @@ class Rate:
         self.ended = -math.inf  # of the last batch
 
     def try_out(self, cost: int, run: Callable[[], object]) -> None:
-        """Run a batch of so much work for the sake of its time; a first one finds memory, and loads what it calls."""
+        """Run a batch of so much work twice and record the second: the first finds memory, and loads what it calls."""
         run()
         started = time.perf_counter()
         run()

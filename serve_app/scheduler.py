@@ -206,17 +206,11 @@ class Scheduler(Generic[Job, Result]):
                 if not entry.answer.done():
                     entry.answer.set_result(result)
         except BaseException as error:
-            # A cancelled batch is a failure to its callers, who were not cancelled themselves.
-            shown = (
-                DeadlineExceeded("the call was cancelled; try again")
-                if isinstance(error, asyncio.CancelledError)
-                else error
-            )
-            for entry in batch:
-                if not entry.answer.done():
-                    entry.answer.set_exception(shown)
+            _fail(batch, error)
             if not isinstance(error, Exception):
                 raise
+        finally:
+            batch.clear()  # an error's traceback holds this list, and so the answers, of which it is one: a cycle
 
     def _finish(self, is_full: bool, cost: int) -> None:
         task = asyncio.current_task()
@@ -233,3 +227,12 @@ class Scheduler(Generic[Job, Result]):
             self._dispatch_soon(task.get_loop())
         else:
             self._start(task.get_loop())
+
+
+def _fail(batch: Sequence[Entry[Job, Result]], error: BaseException) -> None:
+    """A cancelled batch is a failure to its callers, who were not cancelled themselves."""
+    was_cancelled = isinstance(error, asyncio.CancelledError)
+    shown = DeadlineExceeded("the call was cancelled; try again") if was_cancelled else error
+    for entry in batch:
+        if not entry.answer.done():
+            entry.answer.set_exception(shown)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 class Rates:
     """What one replica does in a second, as measured.
 
-    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself. An H100 embeds 3.3 million
-    tokens/s of such queries, but the process that feeds it was busy for 0.23 of a core at 16,009 queries/s.
+    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself. An H100 embeds 2.6 million
+    tokens/s of such queries, but the process that feeds it takes 0.0373 ms for one (loadtest/results/gpu.md, 9w-256c).
     """
 
     ingress_requests: float = 1324.0
     cpu_tokens: float = 14_500.0  # two cores
-    gpu_tokens: float = 800_000.0
+    gpu_tokens: float = 310_000.0
 
 
 def replicas(requests_per_s: float, tokens: float, rates: Rates, target_utilization: float) -> dict[str, int]:

@@ -29,12 +29,12 @@ logger = logging.getLogger("ray.serve")
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
 # What one more run of attention costs before its first token, in tokens' worth of time: on a CPU nothing that could
 # be measured, so only equal lengths share a run; on a GPU some ten launches (on an H100 in float32, 24 unlike rows were
-# 1.8 times as fast with 2,048 as with 512, and 256 rows as fast).
+# 1.8 times as fast with 2,048 as with 512, and 256 rows equally fast with either).
 CPU_RUN_TOKENS, GPU_RUN_TOKENS = 0, 2048
 # The shapes that have a graph, (tokens, rows). A batch takes the first that holds it: up to half of that is padding,
-# but such a batch is bound by launches, not by tokens: an H100 computes 1,024 tokens in 0.4 ms and 8,192 in 1.2, while
-# Python takes 2 to launch either. From 8,192 on a graph gained nothing. Eight tokens make a short text, so rows seldom
-# decide.
+# but such a batch is bound by launches, not by tokens: an H100 computes 1,024 tokens in 0.4 ms and 16,384 in 2, and
+# Python takes 2 ms to launch either. With two calls in flight graphs of 8,192 and more gained nothing. A short text has
+# some eight tokens, so rows seldom decide.
 GRAPHS = tuple((tokens, max(8, tokens // 8)) for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096))
 # Calls on the GPU at once: while one computes, ids of the other are laid out, copied, launched. A third adds nothing.
 LANES = 2
@@ -101,8 +101,8 @@ class TorchEngine:
     the computing of the other, and a third waits; on a CPU one call keeps all its threads busy by itself.
     """
 
-    # Of less, one batch on an H100 took less time than two halves of it at once: by half at 22 tokens, by a fifth at
-    # 2,046.
+    # On an H100 two batches at once did less than one of both up to 2,046 tokens each (half as much at 11), and a third
+    # more at 4,092.
     name, lane_tokens, brief_tokens = "torch", 4096, 0
 
     def __init__(self, bert: Bert, precision: str, threads: int) -> None:

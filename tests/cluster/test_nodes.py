@@ -198,7 +198,7 @@ def test_tokenizers_run_on_cpu_nodes_and_models_on_gpu_nodes(nodes: Nodes, tmp_p
     config["controller_options"]["runtime_env"]["env_vars"] |= {name: str(free_port()) for name in HAPROXY_PORTS}
     arguments = config["applications"][0]["args"]
     arguments["keys_file"] = str(tmp_path / "keys.txt")
-    # A Model runs one full batch at its start, and at the sleeping engine's pace a GPU's batch is a minute.
+    # A Model runs two full batches at its start, and at the sleeping engine's pace a GPU's batch is a minute.
     arguments["models"][0] |= {"sources": [str(FOLDER)], "engine": "sleep", "batch_tokens": 1024}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     deploy = [tool("serve"), "deploy", "--address", nodes.dashboard, str(tmp_path / "config.yaml")]

@@ -166,6 +166,17 @@ async def test_models_are_described_under_names_with_a_slash_plain_and_escaped()
     assert (model["object"], model["owned_by"], model["fingerprint"]) == ("model", "Mihaiii", "f1ve")
 
 
+async def test_a_new_ingress_lists_its_models_once_it_has_heard_of_them() -> None:
+    models = Catalog([Pipeline(ModelSettings(), HandStages(), 1000)])
+    transport = httpx.ASGITransport(app=create_app(models, Settings(), None))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        listing = asyncio.create_task(http.get("/v1/models"))
+        await asyncio.sleep(0.01)
+        assert not listing.done()
+        await models.pipelines[0].discover(time.monotonic() + 60)
+        assert [model["id"] for model in (await listing).json()["data"]] == [MODEL]
+
+
 @pytest.mark.parametrize(
     "path", ["/embeddings", "//v1/embeddings", "/v1/embeddings/", "/v1/v1/embeddings", "/v1//embeddings"]
 )

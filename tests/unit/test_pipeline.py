@@ -1,6 +1,7 @@
 """From inputs to vectors with stages computed by hand: order, coalescing, limits, and names that tell the truth."""
 
 import asyncio
+import gc
 import time
 
 import numpy as np
@@ -281,3 +282,22 @@ async def test_an_input_without_a_vector_fails_its_own_request_alone() -> None:
     shared = pipeline(Poisoned())
     answers = await asyncio.gather(*(shared.embed([text], FAR) for text in ("a", "!", "b")), return_exceptions=True)
     assert [type(answer) for answer in answers] == [Answer, EngineError, Answer]
+
+
+async def test_a_request_that_failed_leaves_nothing_to_the_garbage_collector() -> None:
+    """Of several pieces, each of which fails with the same error."""
+    stages = HandStages()
+    shared = pipeline(stages)
+    await shared.embed(["first"], FAR)
+    stages.failure = EngineError("it fails at all")
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(EngineError, match="it fails at all"):
+            await shared.embed(["x" * 12] * 20, FAR)
+        assert stages.failure is not None
+        stages.failure = None
+        await asyncio.sleep(0.01)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -39,7 +39,7 @@ def test_one_that_was_tried_out_knows_its_rate_and_not_that_of_its_first_run() -
     pauses = [0.5, 0.0]
     rate = Rate(full=10)
     rate.try_out(10, lambda: time.sleep(pauses.pop(0)))
-    assert not pauses and rate.per_s > 1000
+    assert not pauses and rate.per_s > 40  # the first run, at most 20 a second, has no part in it
 
 
 def test_a_queue_is_judged_by_what_was_seen_of_it_and_only_while_that_is_fresh() -> None:

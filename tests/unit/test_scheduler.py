@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 import pytest
 
-from serve_app.errors import CallerGone, DeadlineExceeded
+from serve_app.errors import CallerGone, DeadlineExceeded, EngineError
 from serve_app.scheduler import Entry, Scheduler, Slots
 
 FAR = time.monotonic() + 3600
@@ -280,6 +280,29 @@ async def test_a_job_that_was_given_up_is_freed_without_the_garbage_collector() 
         tasks = [asyncio.create_task(scheduler.submit(jobs.pop(), 1, FAR, is_gone=lambda: True)) for _ in range(3)]
         errors = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(error) for error in errors] == [CallerGone] * 3
+        del tasks, errors
+        await turns()
+        assert [job() for job in freed] == [None] * 3
+    finally:
+        gc.enable()
+
+
+async def test_a_job_that_failed_is_freed_without_the_garbage_collector() -> None:
+    class Job:
+        pass
+
+    async def run(entries: Sequence[Entry[Job, None]]) -> list[None]:
+        raise EngineError("it fails at all")
+
+    scheduler = Scheduler(run, budget=100)
+    jobs = [Job() for _ in range(3)]
+    freed = [weakref.ref(job) for job in jobs]
+    gc.collect()
+    gc.disable()
+    try:
+        tasks = [asyncio.create_task(scheduler.submit(jobs.pop(), 1, FAR)) for _ in range(3)]
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(error) for error in errors] == [EngineError] * 3
         del tasks, errors
         await turns()
         assert [job() for job in freed] == [None] * 3

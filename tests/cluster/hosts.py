@@ -16,7 +16,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from serve_app.__main__ import NODE_ENVIRONMENT, stop
+from serve_app.__main__ import NODE_ENVIRONMENT
+from serve_app.session import stop
 
 ROOT = Path(__file__).parents[2]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265

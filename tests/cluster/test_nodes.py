@@ -25,7 +25,8 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from serve_app import keys
-from serve_app.__main__ import HAPROXY_PORTS, NODE_ENVIRONMENT, stop
+from serve_app.__main__ import HAPROXY_PORTS, NODE_ENVIRONMENT
+from serve_app.session import stop
 from tests.cluster.documents import ROOT, Document, load
 from tests.model import FOLDER
 from tests.service.conftest import free_port

@@ -20,16 +20,14 @@ WORDS = ["alpha", "river", "stone", "cloud", "seven", "paper", "green", "north",
 SLACK_BYTES = 64 << 20
 
 
-def raised(config: dict[str, Any]) -> None:
-    """Limits high enough for 2,048 texts of 512 tokens."""
-    [model] = config["applications"][0]["args"]["models"]
-    model.update(sources=["embedded"], max_tokens=512)
-    config["applications"][0]["args"].update(max_request_tokens=2048 * 512, request_timeout_s=900)
+def patient(config: dict[str, Any]) -> None:
+    """On a slow machine the largest request takes longer than a request may."""
+    config["applications"][0]["args"]["request_timeout_s"] = 900
 
 
 @pytest.fixture
 def large(keeper: Keeper) -> Service:
-    return keeper.get(raised)
+    return keeper.get(patient)
 
 
 def text(number: int, words: int) -> str:
@@ -80,7 +78,9 @@ class Probe(threading.Thread):
 
 
 def test_a_request_as_large_as_can_be(large: Service) -> None:
-    count, words, tokens, kinds = 2048, 510, 2048 * 512, 32
+    count, words, kinds = 2048, 144, 32
+    tokens = count * (words + 2)
+    assert tokens <= 300_000 < tokens + count, "not the largest request of that many texts"
     with httpx.Client(base_url=large.url) as http:
         alone = np.concatenate([embed(http, [text(number, words)])[0] for number in range(kinds)])
         embed(http, [text(number % kinds, words) for number in range(64)])

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from serve_app.__main__ import check, haproxy_admin, in_flight, lift_variables, ready_lines
+from serve_app.__main__ import check, lift_variables, ready_lines
+from serve_app.session import haproxy_admin, in_flight
 from tests.service.conftest import ROOT, Keeper, Service, free_port
 
 pytestmark = pytest.mark.service

@@ -13,7 +13,7 @@ ORDER = (
     "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
     "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "tokens",
     "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "leash", "haproxy",
-    "replicas", "deployments", "__main__",
+    "replicas", "deployments", "session", "__main__",
 )  # fmt: skip
 HOMES = {
     "ray": {"deployments", "haproxy", "replicas"},

@@ -30,14 +30,17 @@ class SleepEngine:
 
     def __init__(self, bert: Bert) -> None:
         self._words = bert.words
+        self._normalize = bert.normalize
         self._busy = threading.Lock()  # with one batch at a time
 
     def embed(self, packed: Packed) -> Float32:
         """Vectors, float32 [B, D], in the order of the rows."""
         seconds = LAUNCH_S + TOKEN_S * packed.tokens
         starts = np.cumsum(packed.lengths) - packed.lengths
-        sums = np.add.reduceat(self._words[packed.ids].astype(np.float32), starts, axis=0)
-        vectors: Float32 = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+        vectors: Float32 = np.add.reduceat(self._words[packed.ids], starts, axis=0)
+        vectors /= packed.lengths[:, None]
+        if self._normalize:
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         with self._busy:
             time.sleep(seconds)
         return vectors

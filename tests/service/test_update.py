@@ -27,9 +27,10 @@ LOG_PORT = free_port()  # where HAProxy sends its log, which tells whose a failu
 
 
 def two_of_each(config: dict[str, Any]) -> None:
-    """Two replicas of every deployment, so that one can be replaced while the other works."""
+    """Two replicas of every deployment, so that one can be replaced while the other works; models that sleep instead of
+    computing, so that there is a core for those that start."""
     [application] = config["applications"]
-    application["args"]["models"] = [{"id": "Mihaiii/Ivysaur", "sources": ["embedded"]}]
+    application["args"]["models"] = [{"id": "Mihaiii/Ivysaur", "sources": ["embedded"], "engine": "sleep"}]
     for deployment in application["deployments"]:
         del deployment["autoscaling_config"]
         deployment |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}

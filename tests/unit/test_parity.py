@@ -152,7 +152,7 @@ def test_token_ids_are_the_librarys_own() -> None:
     assert tokenizer().tokenize(texts()).packed.ids.tolist() == expected
 
 
-HUGE = 1 << 20
+HUGE = 1 << 18
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,8 @@ def test_a_huge_text_has_the_librarys_ids_though_most_of_it_is_not_tokenized(tex
 @pytest.mark.parametrize(("precision", "bar"), [("float32", 0.99999), ("auto", 0.9995)])
 def test_vectors(precision: str, bar: float) -> None:
     engine = OpenVinoEngine(bert.load(FOLDER, "mean", True), precision, 2)
+    if precision == "auto" and engine.precision == "float32":
+        pytest.skip("this processor has no bfloat16: `auto` is float32, which is tested by its name")
     tokenized = tokenizer().tokenize(texts())
     together = engine.embed(tokenized.packed)
     lowest = float((together * reference()[0]).sum(1).min())

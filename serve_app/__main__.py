@@ -59,22 +59,25 @@ def main() -> int:
         return 1
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{shown}:{port}"
-    stopping: list[int] = []
+    stopping: list[float] = []  # when a signal came
     # Before the start: a signal that is handled here is back at its default in the child, while one that a shell had
     # ignored for a background job would be ignored there too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: stopping.append(received))
+        signal.signal(number, lambda *_: stopping.append(time.monotonic()))
     document = yaml.safe_load(config.read_text())
+    limits_s = [Settings.model_validate(app.get("args") or {}).request_timeout_s for app in ours(document)]
     variables = {} if "RAY_ADDRESS" in os.environ else lift_variables(document)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, config.name)
-        file.write_text(yaml.safe_dump(document))
-        command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+        if variables:
+            config = Path(folder, config.name)
+            config.write_text(yaml.safe_dump(document))
+        command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
         # A session of its own: a Ctrl-C then reaches this process alone, which decides what becomes of it.
         child = subprocess.Popen(command, env=NODE_ENVIRONMENT | os.environ | variables, start_new_session=True)
         try:
             watch(child, url, stopping)
-            drain(child.pid, stopping)
+            if stopping:
+                drain(child.pid, stopping, max(limits_s, default=0.0))
         finally:
             stop(child)
     return 0 if stopping else 1
@@ -84,23 +87,30 @@ def lift_variables(document: dict[str, Any]) -> dict[str, str]:
     """Take the variables out of a config's runtime environments, and return them for the node itself to have.
 
     Ray starts a worker whose environment is not its node's twice, the first time only to set variables: a second of a
-    slow core for each, a tenth of a start. Where environments differ, or hold more than variables, they stay.
+    slow core for each, a tenth of a start. Environments stay where they differ, hold more than variables, or variables
+    that Ray would have to expand.
     """
     holders = [document.get("controller_options") or {}, *document["applications"]]
     first, *others = (holder.get("runtime_env") or {} for holder in holders)
-    if set(first) != {"env_vars"} or any(other != first for other in others):
+    variables = first.get("env_vars") or {}
+    are_plain = all(isinstance(value, str) and "$" not in value for value in variables.values())
+    if first != {"env_vars": variables} or any(other != first for other in others) or not are_plain:
         return {}
     for holder in holders:
         del holder["runtime_env"]
-    variables: dict[str, str] = first["env_vars"]
-    return variables
+    return dict(variables)
+
+
+def ours(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The applications of a config that are this service; there may be others beside it."""
+    return [application for application in document["applications"] if application["import_path"] == IMPORT_PATH]
 
 
 def check(config: Path) -> tuple[str, int]:
     """The host and port to be served; raises ValueError with one sentence on what is in the way of a start."""
     try:
         document = yaml.safe_load(config.read_text())
-        applications = [app for app in document["applications"] if app["import_path"] == IMPORT_PATH]
+        applications = ours(document)
     except OSError as error:
         raise ValueError(f"{config} can't be read: {error.strerror}.") from None
     except (yaml.YAMLError, KeyError, TypeError) as error:
@@ -187,7 +197,7 @@ def _check_cluster(config: Path) -> None:
     )
 
 
-def watch(child: subprocess.Popen[bytes], url: str, stopping: list[int]) -> None:
+def watch(child: subprocess.Popen[bytes], url: str, stopping: list[float]) -> None:
     """Wait until the service can embed, and say so of each model once; then wait for a signal or the child's end."""
     started = noticed = time.monotonic()
     said: set[str] = set()

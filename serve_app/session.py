@@ -6,48 +6,71 @@ Serve's own shutdown kills HAProxy first, with all that is in flight, and then d
 import contextlib
 import csv
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
-# How long a stop may take to answer what was accepted, and how often it is looked how much that still is.
-DRAIN_TIMEOUT_S, DRAIN_PERIOD_S = 60.0, 0.1
-# After this long a cluster that is not this service's own is no longer asked to end it.
-STOP_TIMEOUT_S = 30.0
+# How often it is looked whether all is answered, and for how many looks in a row it must be.
+LOOK_PERIOD_S, LOOKS = 0.1, 2
+# What comes sooner after the first signal is the same one: `make` hands on one that the whole process group got.
+SAME_SIGNAL_S = 1.0
+# Both would start HAProxy anew, with its port open, or have it read a new configuration.
+KEEPERS = ("ray::ServeController", "ray::HAProxyManager")
+# How long Serve may take to withdraw the service from a cluster that is not its own, and processes to die.
+WITHDRAW_TIMEOUT_S, KILL_TIMEOUT_S = 30.0, 10.0
 
 
-def drain(session: int, stopping: list[int]) -> None:
+def drain(session: int, stopping: Sequence[float], timeout_s: float) -> None:
     """Have HAProxy take no new connections, and wait until all requests that it has are answered.
 
-    No longer than `DRAIN_TIMEOUT_S`, and not after a second signal.
+    `stopping` are the times (`time.monotonic()` seconds) at which a signal came; with a second one the wait is over.
+    What a process has that a reload of HAProxy replaced is not seen, and so not waited for.
     """
-    deadline = time.monotonic() + DRAIN_TIMEOUT_S
-    with contextlib.suppress(OSError):  # it ended meanwhile
-        if admin := haproxy_admin(session):
-            _tell(admin, "disable frontend http_frontend")
-            while in_flight(admin) and len(stopping) < 2 and time.monotonic() < deadline:
-                time.sleep(DRAIN_PERIOD_S)
+    for process in _processes(session):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0] in KEEPERS:
+                process.suspend()
+    deadline = time.monotonic() + timeout_s
+    looks, waiting = 0, -1
+    while looks < LOOKS and (admin := haproxy_admin(session)):
+        with contextlib.suppress(OSError):  # a reload is under way, or the machine is busy
+            _tell(admin, "shutdown frontend http_frontend")
+            is_first, waiting = waiting < 0, in_flight(admin)
+            looks = 0 if waiting else looks + 1
+            if is_first and waiting:
+                print(f"serve: answering {waiting} requests; a second signal ends it at once", flush=True)
+        if stopping[-1] - stopping[0] > SAME_SIGNAL_S or time.monotonic() > deadline:
+            print(f"serve: ended with {max(0, waiting)} requests unanswered", file=sys.stderr)
+            return
+        time.sleep(LOOK_PERIOD_S)
 
 
 def haproxy_admin(session: int) -> Path | None:
     """The socket at which the HAProxy of a session takes commands; None where there is none."""
     for process in _processes(session):
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError, ValueError):  # it has just ended
             if process.name() == "haproxy":
                 command = process.cmdline()
-                return Path(command[command.index("-f") + 1]).with_name("admin.sock")
+                written = Path(command[command.index("-f") + 1]).read_text()
+                if found := re.search(r"^\s*stats socket (\S+)", written, re.MULTILINE):
+                    return Path(found[1])
     return None
 
 
 def in_flight(admin: Path) -> int:
-    """Requests that HAProxy has sent on and not seen answered; raises OSError where it has gone."""
+    """Requests that HAProxy has and that are not answered; raises OSError where it does not say."""
     lines = _tell(admin, "show stat").removeprefix("# ").splitlines()
-    return sum(int(row["scur"]) for row in csv.DictReader(lines) if row["svname"] == "BACKEND")
+    counts = [int(row["scur"]) for row in csv.DictReader(lines) if row["svname"] == "BACKEND"]
+    if not counts:
+        raise OSError(f"HAProxy at {admin} names no backend")
+    return sum(counts)
 
 
 def _tell(admin: Path, command: str) -> str:
@@ -64,16 +87,19 @@ def stop(child: subprocess.Popen[bytes]) -> None:
     if "RAY_ADDRESS" in os.environ and child.poll() is None:
         child.send_signal(signal.SIGINT)
         try:
-            child.wait(STOP_TIMEOUT_S)
+            child.wait(WITHDRAW_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            print(f"serve: no clean stop within {STOP_TIMEOUT_S:.0f} s, ending it now", file=sys.stderr)
+            print(f"serve: no clean stop within {WITHDRAW_TIMEOUT_S:.0f} s, ending it now", file=sys.stderr)
     # Not asked to end, for which they take twelve seconds: each waits for another, and there is nothing left to save.
-    while processes := _processes(child.pid):
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while (processes := _processes(child.pid)) and time.monotonic() < deadline:
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(processes, timeout=1)
-    child.wait()
+    if processes:
+        print(f"serve: these processes can't be ended: {[process.pid for process in processes]}", file=sys.stderr)
+    child.poll()
 
 
 def _processes(session: int) -> list[psutil.Process]:

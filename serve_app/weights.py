@@ -216,8 +216,8 @@ def describe(folder: Path, settings: ModelSettings, model: str, origin: str, sha
     _check_safetensors(folder / WEIGHTS)
     # Of the small files the values count, not the bytes: each release of sentence-transformers writes them anew.
     contents = {name: _content_id(folder / name, 64) for name in ("config.json", "tokenizer.json", WEIGHTS)}
-    if sha256 not in (None, found := contents[WEIGHTS]):
-        raise WeightsError(f"{folder / WEIGHTS} is damaged: expected sha256 {sha256}, found {found}")
+    if sha256 and contents[WEIGHTS] != sha256:
+        raise WeightsError(f"{folder / WEIGHTS} is damaged: expected sha256 {sha256}, found {contents[WEIGHTS]}")
     digest = _digest(contents, pooling, settings.normalize, max_tokens, lowercase)
     tokenizer = _digest(contents["tokenizer.json"], max_tokens, lowercase)
     sizes = (max_tokens, lowercase, dimensions, vocabulary)

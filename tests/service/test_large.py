@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from serve_app.settings import Settings
 from tests.model import MODEL
 from tests.service.conftest import Keeper, Service
 
@@ -80,7 +81,7 @@ class Probe(threading.Thread):
 def test_a_request_as_large_as_can_be(large: Service) -> None:
     count, words, kinds = 2048, 144, 32
     tokens = count * (words + 2)
-    assert tokens <= 300_000 < tokens + count, "not the largest request of that many texts"
+    assert tokens <= Settings().max_request_tokens < tokens + count, "not the largest request of that many texts"
     with httpx.Client(base_url=large.url) as http:
         alone = np.concatenate([embed(http, [text(number, words)])[0] for number in range(kinds)])
         embed(http, [text(number % kinds, words) for number in range(64)])

@@ -41,7 +41,9 @@ def drain(session: int, stopping: Sequence[float], timeout_s: float) -> None:
     looks, waiting = 0, -1
     while looks < LOOKS and (admin := haproxy_admin(session)):
         with contextlib.suppress(OSError):  # a reload is under way, or the machine is busy
-            _tell(admin, "shutdown frontend http_frontend")
+            # The first has the kernel refuse connections, the second kept ones closed after their next answer. The
+            # second alone leaves the socket listening, as HAProxy might have to hand it on.
+            _tell(admin, "disable frontend http_frontend; shutdown frontend http_frontend")
             is_first, waiting = waiting < 0, in_flight(admin)
             looks = 0 if waiting else looks + 1
             if is_first and waiting:

@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,18 @@ def main() -> int:
     """Check, run until stopped, and leave nothing running; returns the exit status."""
     config = Path(sys.argv[1] if len(sys.argv) > 1 else "serve_config.yaml")
     try:
-        host, port = check(config)
+        checked = check(config)
     except ValueError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
+    host, document = checked.host, checked.document
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    url = f"http://{shown}:{port}"
+    url = f"http://{shown}:{checked.port}"
     stopping: list[float] = []  # when a signal came
     # Before the start: a signal that is handled here is back at its default in the child, while one that a shell had
     # ignored for a background job would be ignored there too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stopping.append(time.monotonic()))
-    document = yaml.safe_load(config.read_text())
-    limits_s = [Settings.model_validate(app.get("args") or {}).request_timeout_s for app in ours(document)]
     variables = {} if "RAY_ADDRESS" in os.environ else lift_variables(document)
     with tempfile.TemporaryDirectory() as folder:
         if variables:
@@ -77,7 +77,7 @@ def main() -> int:
         try:
             watch(child, url, stopping)
             if stopping:
-                drain(child.pid, stopping, max(limits_s, default=0.0))
+                drain(child.pid, stopping, checked.request_timeout_s)
         finally:
             stop(child)
     return 0 if stopping else 1
@@ -101,22 +101,26 @@ def lift_variables(document: dict[str, Any]) -> dict[str, str]:
     return dict(variables)
 
 
-def ours(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The applications of a config that are this service; there may be others beside it."""
-    return [application for application in document["applications"] if application["import_path"] == IMPORT_PATH]
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A config that can be served: what it says, where it listens, and the longest that a request may take."""
+
+    document: dict[str, Any]
+    host: str
+    port: int
+    request_timeout_s: float
 
 
-def check(config: Path) -> tuple[str, int]:
-    """The host and port to be served; raises ValueError with one sentence on what is in the way of a start."""
+def check(config: Path) -> Checked:
+    """Read a config; raises ValueError with one sentence on what is in the way of a start."""
     try:
         document = yaml.safe_load(config.read_text())
-        applications = ours(document)
+        applications = [app for app in document["applications"] if app["import_path"] == IMPORT_PATH]
     except OSError as error:
         raise ValueError(f"{config} can't be read: {error.strerror}.") from None
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{config} is not a Serve config file: {' '.join(str(error).split())}.") from None
-    for application in applications:
-        _check_settings(config, application)
+    limits_s = [_check_settings(config, application).request_timeout_s for application in applications]
     if "RAY_ADDRESS" not in os.environ:
         _check_cluster(config)
     options = document.get("http_options") or {}
@@ -136,7 +140,7 @@ def check(config: Path) -> tuple[str, int]:
                 f"port {number}, which HAProxy needs for itself, can't be used ({reason}): another service seems to "
                 f"run on this machine; stop it, or set {name} in {config}."
             )
-    return host, port
+    return Checked(document, host, port, max(limits_s, default=0.0))
 
 
 def _taken(host: str, port: int) -> str | None:
@@ -150,7 +154,7 @@ def _taken(host: str, port: int) -> str | None:
     return None
 
 
-def _check_settings(config: Path, application: dict[str, Any]) -> None:
+def _check_settings(config: Path, application: dict[str, Any]) -> Settings:
     try:
         settings = Settings.model_validate(application.get("args") or {})
     except ValidationError as error:
@@ -173,6 +177,7 @@ def _check_settings(config: Path, application: dict[str, Any]) -> None:
         from serve_app.keys import Keys
 
         Keys(Path(settings.keys_file))
+    return settings
 
 
 def _check_cluster(config: Path) -> None:

@@ -35,7 +35,7 @@ def drain(session: int, stopping: Sequence[float], timeout_s: float) -> None:
     """
     for process in _processes(session):
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] and process.cmdline()[0] in KEEPERS:
+            if process.name() in KEEPERS:
                 process.suspend()
     deadline = time.monotonic() + timeout_s
     looks, waiting = 0, -1

@@ -18,6 +18,7 @@ import yaml
 
 from serve_app.__main__ import check, lift_variables, ready_lines
 from serve_app.session import SAME_SIGNAL_S, haproxy_admin, in_flight
+from tests.model import MODEL
 from tests.service.conftest import ROOT, Keeper, Service, free_port
 
 pytestmark = pytest.mark.service
@@ -147,8 +148,7 @@ def test_a_service_behind_keys_is_ready_without_naming_its_models() -> None:
 
 
 def ask(service: Service, text: str, times: int) -> httpx.Response:
-    body = {"model": "sentence-transformers/all-MiniLM-L6-v2", "input": [text] * times}
-    return httpx.post(f"{service.url}/v1/embeddings", json=body, timeout=60)
+    return httpx.post(f"{service.url}/v1/embeddings", json={"model": MODEL, "input": [text] * times}, timeout=60)
 
 
 def cluster_of(service: Service) -> tuple[list[psutil.Process], Path]:
@@ -184,9 +184,8 @@ def test_a_stop_answers_what_was_accepted_and_leaves_nothing_running(service: Se
     started, admin = cluster_of(service)
     with httpx.Client(base_url=service.url) as http, ThreadPoolExecutor(4) as pool:
         assert http.get("/readyz").status_code == 200  # over a connection that stays open, and idle
-        asked = [
-            pool.submit(ask, service, "how long does red wine keep " * 10, 48) for _ in range(4)
-        ]  # seconds of work
+        # Each is half a second of work.
+        asked = [pool.submit(ask, service, "how long does red wine keep " * 10, 48) for _ in range(4)]
         until(lambda: in_flight(admin) >= len(asked))
         for _ in range(2):  # one for the group, which `make` hands on once more
             service.process.send_signal(signal.SIGTERM)

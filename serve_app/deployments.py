@@ -32,7 +32,7 @@ from serve_app.engines.guard import Guard
 from serve_app.errors import EngineBroken, EngineError, WeightsError
 from serve_app.http import create_app
 from serve_app.keys import Keys
-from serve_app.packing import Frame, Packed, Tokenized, concat, typical
+from serve_app.packing import Packed, Tokenized, concat, typical
 from serve_app.pipeline import CALL_CHARACTERS, Pipeline
 from serve_app.rate import Rate
 from serve_app.replicas import Replicas
@@ -96,9 +96,9 @@ class Tokenizer:
         """Raises OSError, upon which Serve replaces this replica, where it could not listen."""
         await self._endpoint
 
-    async def describe(self) -> tuple[str, Frame, Endpoint]:
-        """The digest of this replica's tokenizer, to be held against the model's; its frame; where it listens."""
-        return self._digest, self._tokenizer.frame, await self._endpoint
+    async def describe(self) -> tuple[str, Endpoint]:
+        """The digest of this replica's tokenizer, to be held against the model's, and where it listens."""
+        return self._digest, await self._endpoint
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What serve_app.autoscale decides by, in characters."""

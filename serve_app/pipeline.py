@@ -141,7 +141,7 @@ class Pipeline:
     async def _discover(self) -> Described:
         self._described = found = await self._stages.describe(time.monotonic() + DISCOVERY_TIMEOUT_S)
         self.is_described.set()
-        self._tokenizing.slots.workers = found.tokenizers
+        self._tokenizing.slots.workers = max(1, found.tokenizers)
         workers, lanes, least = max(1, found.models), found.served.lanes, found.served.lane_tokens
         for queue in (self._short, self._long):
             queue.slots = Slots(self.settings.batch_tokens, workers, lanes, least, workers * lanes * FULL_CALLS_A_LANE)

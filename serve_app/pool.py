@@ -27,9 +27,10 @@ SILENT_S = 1.0
 class Pool:
     """The replicas of one deployment: a call goes to the one with the least work, and to another if that one dies."""
 
-    def __init__(self, name: str) -> None:
-        """`name` is what the errors call the replicas' model."""
+    def __init__(self, name: str, waits: bool = True) -> None:
+        """`name`: what errors call the replicas' model; `waits`: a call waits for a replica where there is none."""
         self._name = name
+        self._waits = waits
         self._channels: dict[Endpoint, Channel] = {}
         self._changed = asyncio.Event()
         self._repeats = float(REPEATS)  # that may still be made
@@ -96,6 +97,8 @@ class Pool:
             candidates = [each for each in self._channels.values() if each.is_open and each not in lost]
             if candidates:
                 return min(candidates, key=lambda channel: (channel.load, random.random()))
+            if not self._waits:
+                raise ModelUnavailable(f"No replica of `{self._name}` can be reached; try again.")
             self._changed.clear()
             await self._changed.wait()
 

@@ -35,7 +35,7 @@ class RemoteStages:
         self.deployments = (tokenizers.deployment, models.deployment)
         self._name = name
         self._found = (tokenizers, models)
-        self._tokenizers, self._models = Pool(name), Pool(name)
+        self._tokenizers, self._models = Pool(name, waits=False), Pool(name)
         self._described: Described | None = None
         self._weights = ""  # of the models that calls go to
         self._tokenizer: Any = None  # the tokenizers' own, once it was handed over
@@ -64,34 +64,39 @@ class RemoteStages:
         tokenizers, models = await asyncio.gather(*(found.describe(deadline) for found in self._found))
         if not models and self._described and await self._found[1].are_asleep():
             return replace(self._described, models=0, tokens_per_s=0.0)
-        if not tokenizers or not models:
+        if not models or not (tokenizers or self._described):
             raise ModelUnavailable(
                 f"No replica of `{self._name}` is there: it is loading, or failed to load; the server's log says which."
             )
-        digests = {digest for digest, _, _ in tokenizers}
+        # Without any tokenizer, as when the node with all of them is lost, the one that was handed over does for all.
+        digests = {digest for digest, _ in tokenizers} or {self._digest}
         self._weights = choose([served for served, _, _ in models if served.tokenizer in digests], self._weights)
         if not self._weights:
             raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
         chosen = [model for model in models if model[0].weights == self._weights]
         served = chosen[0][0]
-        matching = [(frame, endpoint) for digest, frame, endpoint in tokenizers if digest == served.tokenizer]
-        await asyncio.gather(
-            self._models.update(endpoint for _, endpoint, _ in chosen),
-            self._tokenizers.update(endpoint for _, endpoint in matching),
-        )
+        fitting = [endpoint for digest, endpoint in tokenizers if digest == served.tokenizer]
+        updates = [self._models.update(endpoint for _, endpoint, _ in chosen)]
+        if fitting:  # else they may only be slow to say so
+            updates.append(self._tokenizers.update(fitting))
+        await asyncio.gather(*updates)
         if self._digest != served.tokenizer:
             self._digest, self._tokenizer = await self._tokenizers.call("hand_over", None, 0, deadline)
             if self._digest != served.tokenizer:
                 raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
         tokens_per_s = sum(rate for _, _, rate in chosen)
         self._described = Described(
-            served, matching[0][0], len(matching), len(chosen), tokens_per_s, self._tokenizer.tokenize
+            served, self._tokenizer.frame, len(fitting), len(chosen), tokens_per_s, self._tokenizer.tokenize
         )
         return self._described
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
-        """Ids of the texts, in order."""
-        tokenized: Tokenized = await self._tokenizers.call("tokenize", texts, sum(map(len, texts)), deadline)
+        """Ids of the texts, in order; where no tokenizer can be reached, by this process itself."""
+        tokenized: Tokenized
+        try:
+            tokenized = await self._tokenizers.call("tokenize", texts, sum(map(len, texts)), deadline)
+        except ModelUnavailable:  # others start, which takes longer than this
+            tokenized = await asyncio.to_thread(self._tokenizer.tokenize, texts)
         return tokenized
 
     async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:

@@ -23,6 +23,8 @@ STOPPED_S = 75.0
 STOPPED_TOKENIZER_S = 15.0
 # What comes in while HAProxy is away, at about 100 requests/s: a tenth of a second, or half where it was just changed.
 WITHOUT_HAPROXY = 50
+# The longest answer while the ingress tokenizes by itself: not the time that another tokenizer takes to start.
+WITHOUT_TOKENIZERS_S = 5.0
 # Past its deadline a request is over: what the clock and a busy machine add.
 LATE_S = 1.0
 
@@ -40,7 +42,7 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {}
-SHORT = ("model", "tokenizer", "ingress", "controller", "node")
+SHORT = ("model", "tokenizers", "ingress", "controller", "node")
 
 
 def fault(name: str, words: str, promise: Promise, a_round: int = 1, needs_redis: bool = False) -> Callable[[Act], Act]:
@@ -83,6 +85,15 @@ def kill_model(service: Service) -> set[int]:
 )
 def kill_tokenizer(service: Service) -> set[int]:
     return kill([service.oldest("tokenizer")])
+
+
+@fault(
+    "tokenizers",
+    "`kill -9` of all tokenizer replicas at once",
+    Promise("0 failed: the ingress tokenizes until there are others", within_s=45, longest_s=WITHOUT_TOKENIZERS_S),
+)
+def kill_tokenizers(service: Service) -> set[int]:
+    return kill(process for process, role in service.processes().items() if role == "tokenizer")
 
 
 @fault(

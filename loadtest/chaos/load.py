@@ -19,7 +19,7 @@ import numpy as np
 import openai
 from openai.resources.embeddings import AsyncEmbeddings  # its first use would take half a second
 
-from loadtest.chaos.tally import Client, Outcome, Record, is_refusal
+from loadtest.chaos.tally import Client, Outcome, Record, is_refusal, words_of
 from loadtest.traffic.checks import Answer, Fault, Vector, check, parse
 from loadtest.traffic.kinds import QUERIES, of_words
 from loadtest.weights import TOKENIZER, network
@@ -132,7 +132,7 @@ class Load:
             return "failed", type(error).__name__
         if answer.status_code != 200:
             refused = is_refusal(answer.status_code, answer.headers, answer.content)
-            return "refused" if refused else "failed", f"status {answer.status_code}"
+            return "refused" if refused else "failed", words_of(answer.status_code, answer.content)
         return parse(answer.content)
 
     async def _ask_openai(self, texts: list[str]) -> Answer | Result:
@@ -140,7 +140,7 @@ class Load:
             answer = await self._embeddings.create(model=MODEL, input=texts)
         except openai.APIStatusError as error:
             refused = is_refusal(error.status_code, error.response.headers, error.response.content)
-            return "refused" if refused else "failed", f"status {error.status_code}"
+            return "refused" if refused else "failed", words_of(error.status_code, error.response.content)
         except openai.APIConnectionError as error:
             return "failed", type(error.__cause__ or error).__name__
         vectors = [np.array(each.embedding, np.float32) for each in answer.data]

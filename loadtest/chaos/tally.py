@@ -53,6 +53,18 @@ def is_refusal(status: int, headers: Mapping[str, str], body: bytes) -> bool:
         return False
 
 
+def words_of(status: int, body: bytes) -> str:
+    """What an answer that is no success says: its status, and its error's message, if it has one.
+
+    >>> words_of(504, b'{"error": {"message": "No replica answered in time."}}'), words_of(502, b"<html>")
+    ('status 504: No replica answered in time.', 'status 502')
+    """
+    try:
+        return f"status {status}: {orjson.loads(body)['error']['message'][:200]}"
+    except (ValueError, KeyError, TypeError):
+        return f"status {status}"
+
+
 def percentile_s(latencies_s: Sequence[float], share: float = 0.99) -> float:
     """The latency that so many of them keep to, by nearest rank; 0.0 where there are none.
 

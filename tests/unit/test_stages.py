@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 
 from serve_app.channel import Listener
 from serve_app.errors import ModelUnavailable
-from serve_app.pipeline import Pipeline
+from serve_app.pipeline import SHORT_CHARACTERS, Pipeline
 from serve_app.settings import ModelSettings
 from serve_app.stages import RemoteStages
 from tests.hand import FRAME, HandStages, served, tokenized, vector
@@ -21,6 +21,7 @@ HOST = "127.0.0.1"
 
 
 class HandTokenizer:
+    frame = FRAME
     tokenize = staticmethod(tokenized)
 
 
@@ -52,9 +53,9 @@ class Service:
         async def hand_over(_: None, deadline: float) -> Any:
             return "t0k", HandTokenizer()
 
-        listener = Listener({"hand_over": hand_over})
+        listener = self.tokenizer = Listener({"hand_over": hand_over})
         self._listeners.append(listener)
-        self.tokenizers.replicas = [("t0k", FRAME, await listener.open(HOST))]
+        self.tokenizers.replicas = [("t0k", await listener.open(HOST))]
 
     async def start_model(self) -> Listener:
         hand = HandStages()
@@ -62,6 +63,10 @@ class Service:
         self._listeners.append(listener)
         self.models.replicas = [*self.models.replicas, (served(), await listener.open(HOST), 100.0)]
         return listener
+
+    async def stop_tokenizer(self) -> None:
+        self.tokenizers.replicas = []
+        await self.tokenizer.close()
 
     async def stop_models(self, *listeners: Listener) -> None:
         self.models.replicas = []
@@ -103,6 +108,13 @@ async def test_a_model_without_a_replica_is_unavailable_until_there_was_one(serv
     assert (await service.stages.describe(soon())).models == 1
 
 
+async def test_a_model_that_never_had_a_tokenizer_is_unavailable(service: Service) -> None:
+    await service.start_model()
+    await service.stop_tokenizer()
+    with pytest.raises(ModelUnavailable, match="No replica of `x` is there"):
+        await service.stages.describe(soon())
+
+
 async def test_a_request_waits_for_a_model_that_sleeps_and_is_answered_when_it_wakes(service: Service) -> None:
     first = await service.start_model()
     await service.pipeline.discover(soon())
@@ -133,6 +145,29 @@ async def test_a_model_whose_replicas_are_gone_but_wanted_is_not_asleep(service:
     with pytest.raises(ModelUnavailable):
         await service.pipeline.discover(soon())
     assert not service.pipeline.is_asleep
+
+
+async def test_long_texts_are_tokenized_here_while_there_is_no_tokenizer(service: Service) -> None:
+    """Neither waits for one, nor do models that come meanwhile."""
+    first = await service.start_model()
+    await service.pipeline.discover(soon())
+    await service.stop_tokenizer()
+    text = "long " * SHORT_CHARACTERS
+    assert np.allclose((await service.pipeline.embed([text], soon())).vectors, [vector(text)])
+    await service.stop_models(first)
+    await service.start_model()
+    assert (await service.pipeline.discover(soon())).tokenizers == 0
+    assert np.allclose((await service.pipeline.embed([text], soon())).vectors, [vector(text)])
+
+
+async def test_a_model_with_another_tokenizer_than_the_last_known_waits_for_its_own(service: Service) -> None:
+    await service.start_model()
+    await service.pipeline.discover(soon())
+    await service.stop_tokenizer()
+    [(mine, endpoint, rate)] = service.models.replicas
+    service.models.replicas = [(replace(mine, tokenizer="an0ther", weights="0ther"), endpoint, rate)]
+    with pytest.raises(ModelUnavailable, match="changing to another model"):
+        await service.pipeline.discover(soon())
 
 
 async def test_a_backlog_stays_where_a_new_replica_can_take_it(service: Service) -> None:

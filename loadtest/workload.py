@@ -43,7 +43,7 @@ class Cell:
 
 
 def _cells() -> tuple[Cell, ...]:
-    # At 256 connections an answer takes 1.3 s for 64 words, and 5 to 16 s for 510: a measurement is several times that, or
+    # At 256 connections an answer takes 1.3 s for 64 words, 5 to 16 s for 510; a measurement lasts several of them, or
     # what is under way at its end would count.
     seconds = {9: (4, 4, 4, 4, 4), 64: (4, 4, 4, 8, 12), 510: (6, 6, 8, 16, 64)}
     single = [

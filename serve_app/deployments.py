@@ -69,8 +69,9 @@ class Tokenizer:
         self._tokenizer = TextTokenizer(found.folder, found.max_tokens, found.lowercase)
         if (known := self._tokenizer.frame.vocabulary) > found.vocabulary:
             raise WeightsError(f"{found.folder}: the tokenizer has {known} tokens, the model {found.vocabulary}")
-        self._threads = background(max(1, _cpus()), settings.bulk_share)
-        self._waiting_characters, self._rate = 0, Rate(CALL_CHARACTERS)
+        self._cores = max(1, _cpus())
+        self._threads = background(self._cores, settings.bulk_share)
+        self._waiting_characters, self._rate, self._worked_s = 0, Rate(CALL_CHARACTERS), 0.0
         self._rate.try_out(CALL_CHARACTERS, lambda: self._tokenizer.tokenize(TYPICAL_TEXTS))
         self._listener = Listener({"tokenize": self.tokenize, "hand_over": self.hand_over})
         self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
@@ -80,13 +81,20 @@ class Tokenizer:
         if (characters := sum(map(len, texts))) <= INLINE_CHARACTERS:
             return self._tokenizer.tokenize(texts)
         self._waiting_characters += characters
-        started = time.perf_counter()
         try:
             threads = self._threads if characters > TEXT_CHARACTERS else None
-            return await asyncio.get_running_loop().run_in_executor(threads, self._tokenizer.tokenize, texts)
+            tokenized, core_s = await asyncio.get_running_loop().run_in_executor(threads, self._work, texts)
         finally:
             self._waiting_characters -= characters
-            self._rate.record(characters, started, time.perf_counter())
+        started_s, self._worked_s = self._worked_s, self._worked_s + core_s / self._cores
+        self._rate.record(characters, started_s, self._worked_s)
+        return tokenized
+
+    def _work(self, texts: Sequence[str]) -> tuple[Tokenized, float]:
+        """Ids of the texts, and the seconds of a core that they took. By the clock it is more where models have the
+        cores, and then another replica would only take what is left from this one."""
+        started_s = time.thread_time()
+        return self._tokenizer.tokenize(texts), time.thread_time() - started_s
 
     async def hand_over(self, _: None, deadline: float) -> tuple[str, Any]:
         """The tokenizer itself with its digest, for callers that do short texts on their own."""

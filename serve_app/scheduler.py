@@ -47,12 +47,15 @@ class Slots:
         slots = self.workers * (self.lanes if waiting_cost >= self.least else 1)
         return running_partial < slots
 
-    def share(self, waiting_cost: int, running_partial: int) -> int:
-        """Most cost of the next batch: of what waits, as much for each batch that could start now."""
+    def share(self, waiting_cost: int, running_partial: int, running_cost: int) -> int:
+        """Most cost of the next batch: of what waits as much for each batch that could start now, and of all that waits
+        and runs no more than a worker's part."""
         share = -(-waiting_cost // max(1, self.workers * self.lanes - running_partial))
         if share < self.least:  # not worth several lanes of a worker
             share = -(-waiting_cost // max(1, self.workers - running_partial))
-        return min(self.budget, share)
+        # Else the first worker that is free takes all that came meanwhile, and the next ones find too little.
+        part = -(-(waiting_cost + running_cost) // self.workers)
+        return min(self.budget, share, max(part, self.least))
 
     def pieces(self, cost: int) -> int:
         """Into how many pieces a job of that cost is best cut: one for each batch that could run."""
@@ -161,7 +164,7 @@ class Scheduler(Generic[Job, Result]):
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         while self.slots.may_start(self.waiting_cost, len(self._running), self._running_partial):
-            share = self.slots.share(self.waiting_cost, self._running_partial)
+            share = self.slots.share(self.waiting_cost, self._running_partial, self._running_cost)
             is_full = share >= self.slots.budget
             if not (batch := self._take(share)):
                 break

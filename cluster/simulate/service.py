@@ -53,7 +53,10 @@ class Costs:
 class Ingress:
     """One ingress replica, with its own view of which model replica has the least work."""
 
-    __slots__ = ("asked", "heap", "in_flight", "loads", "partial", "slots", "unsent", "waiting", "waiting_tokens")
+    __slots__ = (
+        "asked", "heap", "in_flight", "in_flight_tokens", "loads", "partial", "slots", "unsent", "waiting",
+        "waiting_tokens",
+    )  # fmt: skip
 
     def __init__(self, costs: Costs) -> None:
         self.slots = Slots(costs.batch_tokens, lanes=costs.lanes, lane_cost=costs.lane_tokens)
@@ -61,6 +64,7 @@ class Ingress:
         self.waiting_tokens = 0
         self.asked = 0  # tokens that ever came
         self.in_flight = 0  # calls
+        self.in_flight_tokens = 0
         self.partial = 0  # of these, the ones that are not full
         self.unsent: deque[Call] = deque()  # of these, the ones for which there is no replica
         self.loads: dict[Replica, int] = {}  # tokens of this ingress's calls
@@ -227,7 +231,7 @@ class Service:
         slots.workers = max(1, len(ingress.loads))
         slots.full_concurrency = slots.workers * slots.lanes * FULL_CALLS_A_LANE
         while waiting and slots.may_start(ingress.waiting_tokens, ingress.in_flight, ingress.partial):
-            share = slots.share(ingress.waiting_tokens, ingress.partial)
+            share = slots.share(ingress.waiting_tokens, ingress.partial, ingress.in_flight_tokens)
             request, spent = waiting.popleft()
             requests = [request]
             while waiting and spent + waiting[0][1] <= share:
@@ -237,6 +241,7 @@ class Service:
             is_full = share >= slots.budget
             ingress.waiting_tokens -= spent
             ingress.in_flight += 1
+            ingress.in_flight_tokens += spent
             ingress.partial += not is_full
             self._send(ingress, Call(ingress, requests, spent, is_full))
 
@@ -265,7 +270,7 @@ class Service:
     def _begin(self, replica: Replica) -> None:
         waiting, slots = replica.waiting, replica.slots
         while waiting and slots.may_start(replica.waiting_tokens, replica.running, replica.partial):
-            share = slots.share(replica.waiting_tokens, replica.partial)
+            share = slots.share(replica.waiting_tokens, replica.partial, replica.tokens - replica.waiting_tokens)
             calls = [waiting.popleft()]
             spent = calls[0].tokens
             while waiting and spent + waiting[0].tokens <= share:
@@ -298,6 +303,7 @@ class Service:
                     self.unanswered_requests -= 1
             ingress = call.ingress
             ingress.in_flight -= 1
+            ingress.in_flight_tokens -= call.tokens
             ingress.partial -= not call.is_full
             if replica in ingress.loads:
                 self._weigh(ingress, replica, ingress.loads[replica] - call.tokens)

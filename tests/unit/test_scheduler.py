@@ -225,17 +225,34 @@ async def test_while_another_batch_runs_the_next_one_waits_for_nobody(worker: Wo
 
 
 @pytest.mark.parametrize(
-    ("slots", "waiting", "share"),
+    ("slots", "waiting", "running", "share"),
     [
-        (Slots(1024, lanes=2, lane_cost=128), 300, 150),
-        (Slots(1024, lanes=2, lane_cost=128), 200, 200),  # two lanes would have too little
-        (Slots(1024, workers=2, lanes=2, lane_cost=128), 100, 50),  # but no worker idles for that
-        (Slots(1024, lanes=2, lane_cost=9999), 10, 10),  # which is not a full batch
-        (Slots(1024, lanes=2, lane_cost=128), 9999, 1024),
+        (Slots(1024, lanes=2, lane_cost=128), 300, [], 150),
+        (Slots(1024, lanes=2, lane_cost=128), 200, [], 200),  # two lanes would have too little
+        (Slots(1024, workers=2, lanes=2, lane_cost=128), 100, [], 50),  # but no worker idles for that
+        (Slots(1024, lanes=2, lane_cost=9999), 10, [], 10),  # which is not a full batch
+        (Slots(1024, lanes=2, lane_cost=128), 9999, [], 1024),
+        (Slots(1024, workers=4), 600, [60, 60, 60], 195),  # a fourth of all, though only one worker is free
+        (Slots(1024, workers=4, lane_cost=128), 100, [10, 10, 10], 100),  # a fourth would be too little for a batch
+        (Slots(1024, lanes=2, lane_cost=128), 600, [60], 600),  # of one worker's lanes the free one takes all
     ],
 )
-def test_what_waits_is_shared_as_far_as_it_is_worth_it(slots: Slots, waiting: int, share: int) -> None:
-    assert slots.share(waiting, 0) == share
+def test_what_waits_is_shared_as_far_as_it_is_worth_it(
+    slots: Slots, waiting: int, running: list[int], share: int
+) -> None:
+    assert slots.share(waiting, len(running), sum(running)) == share
+
+
+async def test_the_first_that_is_free_leaves_the_others_their_part(worker: Worker) -> None:
+    scheduler = Scheduler(worker.run, budget=100, workers=3)
+    tasks = submit(scheduler, 0, 1, 2)
+    await turns()
+    tasks += submit(scheduler, *range(3, 9))
+    worker.let_finish()
+    await turns()
+    assert worker.batches == [[0], [1], [2], [3, 4, 5]]
+    worker.let_finish(4)
+    assert await asyncio.gather(*tasks) == [job * 10 for job in range(9)]
 
 
 @pytest.mark.parametrize(

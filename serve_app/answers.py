@@ -48,7 +48,7 @@ class Described:
 
     served: Served
     frame: Frame
-    tokenizers: int
+    tokenizers: int  # 0 while none answers
     models: int  # 0 while they are scaled to zero
     tokens_per_s: float  # that the models do for this caller; 0.0 while none is known
     tokenize: Callable[[Sequence[str]], Tokenized]  # the tokenizers' own tokenizer, in this process

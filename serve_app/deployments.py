@@ -71,8 +71,9 @@ class Tokenizer:
             raise WeightsError(f"{found.folder}: the tokenizer has {known} tokens, the model {found.vocabulary}")
         self._cores = max(1, _cpus())
         self._threads = background(self._cores, settings.bulk_share)
-        self._waiting_characters, self._rate, self._worked_s = 0, Rate(CALL_CHARACTERS), 0.0
-        self._rate.try_out(CALL_CHARACTERS, lambda: self._tokenizer.tokenize(TYPICAL_TEXTS))
+        self._waiting_characters, self._rate, self._worked_s = 0, Rate(CALL_CHARACTERS), 0.0  # of all cores together
+        self._work(TYPICAL_TEXTS)  # the first time it loads what it calls
+        self._record(CALL_CHARACTERS, self._work(TYPICAL_TEXTS)[1])
         self._listener = Listener({"tokenize": self.tokenize, "hand_over": self.hand_over})
         self._endpoint = asyncio.ensure_future(self._listener.open(_host()))
 
@@ -86,18 +87,21 @@ class Tokenizer:
             tokenized, core_s = await asyncio.get_running_loop().run_in_executor(threads, self._work, texts)
         finally:
             self._waiting_characters -= characters
-        started_s, self._worked_s = self._worked_s, self._worked_s + core_s / self._cores
-        self._rate.record(characters, started_s, self._worked_s)
+        self._record(characters, core_s)
         return tokenized
 
     def _work(self, texts: Sequence[str]) -> tuple[Tokenized, float]:
         """Ids of the texts, and the seconds of a core that they took. By the clock it is more where models have the
-        cores, and then another replica would only take what is left from this one."""
+        cores, and then another replica on this node would only take what is left from this one."""
         started_s = time.thread_time()
         return self._tokenizer.tokenize(texts), time.thread_time() - started_s
 
+    def _record(self, characters: int, core_s: float) -> None:
+        started_s, self._worked_s = self._worked_s, self._worked_s + core_s / self._cores
+        self._rate.record(characters, started_s, self._worked_s)
+
     async def hand_over(self, _: None, deadline: float) -> tuple[str, Any]:
-        """The tokenizer itself with its digest, for callers that do short texts on their own."""
+        """The tokenizer itself with its digest, for callers that do short texts on their own, and long ones in need."""
         return self._digest, self._tokenizer
 
     async def check_health(self) -> None:

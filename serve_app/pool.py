@@ -61,13 +61,13 @@ class Pool:
 
     async def _watch(self) -> None:
         """Drop replicas that are there and do nothing, as a stopped process or a host that was cut off: their calls are
-        made again at others. Where no other is known to live, they are waited for."""
+        made again at others. Where no other is known to live, they are waited for, if this pool waits."""
         while True:
             await asyncio.sleep(SILENT_S / 2)
             silent = [channel for channel in self._channels.values() if channel.silent_s > SILENT_S]
             alive = await asyncio.gather(*(channel.is_alive(SILENT_S) for channel in silent))
             dead = [channel for channel, lives in zip(silent, alive, strict=True) if not lives]
-            if any(each.is_open and each.silent_s <= SILENT_S for each in self._channels.values()):
+            if not self._waits or any(each.is_open and each.silent_s <= SILENT_S for each in self._channels.values()):
                 for channel in dead:
                     logger.warning(f"a replica of {self._name} has been silent for {channel.silent_s:.1f} s")
                     channel.transport.abort()

@@ -1,17 +1,22 @@
 """The stages of one model, as calls to the replicas that are found."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
 
 from serve_app.answers import Described, Embedded
 from serve_app.autoscale import asked_of, waiting_for
 from serve_app.discovery import choose
-from serve_app.errors import ModelUnavailable
+from serve_app.errors import DeadlineExceeded, ModelUnavailable
 from serve_app.packing import Packed, Tokenized
 from serve_app.pipeline import Pipeline
 from serve_app.pool import Pool
+
+logger = logging.getLogger("ray.serve")
 
 
 class Found(Protocol):
@@ -40,6 +45,8 @@ class RemoteStages:
         self._weights = ""  # of the models that calls go to
         self._tokenizer: Any = None  # the tokenizers' own, once it was handed over
         self._digest = ""  # and its digest
+        self._pooled = ""  # the digest of the tokenizers that calls go to
+        self._thread = ThreadPoolExecutor(1)  # for texts that no tokenizer can be reached for
 
     @property
     def loads(self) -> tuple[int, int]:
@@ -77,7 +84,8 @@ class RemoteStages:
         served = chosen[0][0]
         fitting = [endpoint for digest, endpoint in tokenizers if digest == served.tokenizer]
         updates = [self._models.update(endpoint for _, endpoint, _ in chosen)]
-        if fitting:  # else they may only be slow to say so
+        if fitting or self._pooled != served.tokenizer:  # else they may only be slow to say so
+            self._pooled = served.tokenizer
             updates.append(self._tokenizers.update(fitting))
         await asyncio.gather(*updates)
         if self._digest != served.tokenizer:
@@ -95,8 +103,14 @@ class RemoteStages:
         tokenized: Tokenized
         try:
             tokenized = await self._tokenizers.call("tokenize", texts, sum(map(len, texts)), deadline)
-        except ModelUnavailable:  # others start, which takes longer than this
-            tokenized = await asyncio.to_thread(self._tokenizer.tokenize, texts)
+        except ModelUnavailable as error:  # until there are others, which takes longer than this
+            logger.warning(f"{len(texts)} texts are tokenized here: {error}")
+            here = asyncio.get_running_loop().run_in_executor(self._thread, self._tokenizer.tokenize, texts)
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    tokenized = await here
+            except TimeoutError:
+                raise DeadlineExceeded("The texts could not be tokenized in time.") from None
         return tokenized
 
     async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:

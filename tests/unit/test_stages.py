@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from serve_app.channel import Listener
-from serve_app.errors import ModelUnavailable
+from serve_app.errors import DeadlineExceeded, EngineError, ModelUnavailable
+from serve_app.packing import Tokenized
 from serve_app.pipeline import SHORT_CHARACTERS, Pipeline
 from serve_app.settings import ModelSettings
 from serve_app.stages import RemoteStages
 from tests.hand import FRAME, HandStages, served, tokenized, vector
 
 HOST = "127.0.0.1"
+LONG = "long " * SHORT_CHARACTERS
 
 
 class HandTokenizer:
@@ -41,21 +43,43 @@ class Deployment:
 
 
 class Service:
-    """One tokenizer, and models as many as a test starts."""
+    """Tokenizers, one at a time, and models as many as a test starts."""
 
     def __init__(self) -> None:
         self.tokenizers, self.models = Deployment("Tokenizer-x"), Deployment("Model-x")
         self.stages = RemoteStages("x", self.tokenizers, self.models)
         self.pipeline = Pipeline(ModelSettings(batch_tokens=64), self.stages, max_request_tokens=10_000)
+        self.tokenizer: Listener
+        self.may_hand_over = True
+        self.tokenizing, self.may_tokenize = (
+            asyncio.Semaphore(0),
+            asyncio.Event(),
+        )  # calls that came; whether they go on
         self._listeners: list[Listener] = []
 
-    async def open(self) -> None:
+    async def start_tokenizer(self, digest: str = "t0k") -> Listener:
         async def hand_over(_: None, deadline: float) -> Any:
-            return "t0k", HandTokenizer()
+            if not self.may_hand_over:
+                raise EngineError("not now")
+            return digest, HandTokenizer()
 
-        listener = self.tokenizer = Listener({"hand_over": hand_over})
+        async def tokenize(texts: Sequence[str], deadline: float) -> Tokenized:
+            self.tokenizing.release()
+            await self.may_tokenize.wait()
+            return tokenized(texts)
+
+        listener = Listener({"hand_over": hand_over, "tokenize": tokenize})
         self._listeners.append(listener)
-        self.tokenizers.replicas = [("t0k", await listener.open(HOST))]
+        self.tokenizers.replicas = [(digest, await listener.open(HOST))]
+        return listener
+
+    async def lose_tokenizer(self, listener: Listener) -> None:
+        """Its connections break, whatever it is at."""
+        self.tokenizers.replicas = []
+        for peer in listener.peers.copy():
+            peer.abort()
+        self.may_tokenize.set()
+        await listener.close()
 
     async def start_model(self) -> Listener:
         hand = HandStages()
@@ -63,10 +87,6 @@ class Service:
         self._listeners.append(listener)
         self.models.replicas = [*self.models.replicas, (served(), await listener.open(HOST), 100.0)]
         return listener
-
-    async def stop_tokenizer(self) -> None:
-        self.tokenizers.replicas = []
-        await self.tokenizer.close()
 
     async def stop_models(self, *listeners: Listener) -> None:
         self.models.replicas = []
@@ -94,7 +114,7 @@ async def turns() -> None:
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     made = Service()
-    await made.open()
+    made.tokenizer = await made.start_tokenizer()
     yield made
     await made.close()
 
@@ -110,7 +130,7 @@ async def test_a_model_without_a_replica_is_unavailable_until_there_was_one(serv
 
 async def test_a_model_that_never_had_a_tokenizer_is_unavailable(service: Service) -> None:
     await service.start_model()
-    await service.stop_tokenizer()
+    await service.lose_tokenizer(service.tokenizer)
     with pytest.raises(ModelUnavailable, match="No replica of `x` is there"):
         await service.stages.describe(soon())
 
@@ -147,27 +167,73 @@ async def test_a_model_whose_replicas_are_gone_but_wanted_is_not_asleep(service:
     assert not service.pipeline.is_asleep
 
 
-async def test_long_texts_are_tokenized_here_while_there_is_no_tokenizer(service: Service) -> None:
-    """Neither waits for one, nor do models that come meanwhile."""
+async def test_a_long_text_is_tokenized_here_if_its_tokenizer_is_lost_and_no_other_is_there(service: Service) -> None:
+    await service.start_model()
+    await service.pipeline.discover(soon())
+    asking = asyncio.create_task(service.pipeline.embed([LONG], soon()))
+    await service.tokenizing.acquire()  # a tokenizer that can be reached is asked
+    await service.lose_tokenizer(service.tokenizer)
+    assert np.allclose((await asking).vectors, [vector(LONG)])
+
+
+async def test_without_a_tokenizer_models_are_found_and_long_texts_embedded(service: Service) -> None:
     first = await service.start_model()
     await service.pipeline.discover(soon())
-    await service.stop_tokenizer()
-    text = "long " * SHORT_CHARACTERS
-    assert np.allclose((await service.pipeline.embed([text], soon())).vectors, [vector(text)])
+    await service.lose_tokenizer(service.tokenizer)
     await service.stop_models(first)
     await service.start_model()
     assert (await service.pipeline.discover(soon())).tokenizers == 0
-    assert np.allclose((await service.pipeline.embed([text], soon())).vectors, [vector(text)])
+    assert np.allclose((await service.pipeline.embed([LONG], soon())).vectors, [vector(LONG)])
+    assert service.tokenizing.locked(), "none was asked"
+    await service.start_tokenizer()
+    await service.pipeline.discover(soon())
+    assert np.allclose((await service.pipeline.embed([LONG], soon())).vectors, [vector(LONG)])
+    await service.tokenizing.acquire()
+
+
+async def test_tokenizers_that_only_do_not_say_who_they_are_are_still_asked(service: Service) -> None:
+    await service.start_model()
+    await service.pipeline.discover(soon())
+    service.tokenizers.replicas = []
+    await service.pipeline.discover(soon())
+    service.may_tokenize.set()
+    assert np.allclose((await service.pipeline.embed([LONG], soon())).vectors, [vector(LONG)])
+    await service.tokenizing.acquire()
+
+
+async def test_what_can_not_be_tokenized_in_time_is_over_at_its_deadline(service: Service) -> None:
+    await service.start_model()
+    await service.pipeline.discover(soon())
+    await service.lose_tokenizer(service.tokenizer)
+    with pytest.raises(DeadlineExceeded):
+        await service.stages.tokenize([LONG], time.monotonic())
 
 
 async def test_a_model_with_another_tokenizer_than_the_last_known_waits_for_its_own(service: Service) -> None:
     await service.start_model()
     await service.pipeline.discover(soon())
-    await service.stop_tokenizer()
+    await service.lose_tokenizer(service.tokenizer)
     [(mine, endpoint, rate)] = service.models.replicas
     service.models.replicas = [(replace(mine, tokenizer="an0ther", weights="0ther"), endpoint, rate)]
     with pytest.raises(ModelUnavailable, match="changing to another model"):
         await service.pipeline.discover(soon())
+
+
+async def test_tokenizers_that_never_handed_over_are_not_asked_for_the_models_before(service: Service) -> None:
+    """An update that begins and is gone again, with tokenizers that can be reached and then do not say who they are."""
+    await service.start_model()
+    await service.pipeline.discover(soon())
+    before = service.models.replicas
+    [(mine, endpoint, rate)] = before
+    service.models.replicas = [(replace(mine, tokenizer="an0ther", weights="0ther"), endpoint, rate)]
+    service.may_hand_over = False
+    await service.start_tokenizer("an0ther")
+    with pytest.raises(EngineError, match="not now"):
+        await service.stages.describe(soon())
+    service.tokenizers.replicas, service.models.replicas = [], before
+    await service.pipeline.discover(soon())
+    assert np.allclose((await service.pipeline.embed([LONG], soon())).vectors, [vector(LONG)])
+    assert service.tokenizing.locked(), "none was asked"
 
 
 async def test_a_backlog_stays_where_a_new_replica_can_take_it(service: Service) -> None:

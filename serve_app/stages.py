@@ -103,15 +103,16 @@ class RemoteStages:
         tokenized: Tokenized
         try:
             tokenized = await self._tokenizers.call("tokenize", texts, sum(map(len, texts)), deadline)
+            return tokenized
         except ModelUnavailable as error:  # until there are others, which takes longer than this
             logger.warning(f"{len(texts)} texts are tokenized here: {error}")
-            here = asyncio.get_running_loop().run_in_executor(self._thread, self._tokenizer.tokenize, texts)
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    tokenized = await here
-            except TimeoutError:
-                raise DeadlineExceeded("The texts could not be tokenized in time.") from None
-        return tokenized
+        here = asyncio.get_running_loop().run_in_executor(self._thread, self._tokenizer.tokenize, texts)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                tokenized = await here
+                return tokenized
+        except TimeoutError:
+            raise DeadlineExceeded("The texts could not be tokenized in time.") from None
 
     async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:
         """Vectors of the sequences, in order; as a part of a long request, they let short ones pass."""

@@ -42,7 +42,7 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {}
-SHORT = ("model", "tokenizers", "ingress", "controller", "node")
+SHORT = ("model", "tokenizer", "tokenizers", "ingress", "controller", "node")
 
 
 def fault(name: str, words: str, promise: Promise, a_round: int = 1, needs_redis: bool = False) -> Callable[[Act], Act]:

@@ -51,10 +51,8 @@ class Service:
         self.pipeline = Pipeline(ModelSettings(batch_tokens=64), self.stages, max_request_tokens=10_000)
         self.tokenizer: Listener
         self.may_hand_over = True
-        self.tokenizing, self.may_tokenize = (
-            asyncio.Semaphore(0),
-            asyncio.Event(),
-        )  # calls that came; whether they go on
+        self.tokenizing = asyncio.Semaphore(0)  # calls that came
+        self.may_tokenize = asyncio.Event()  # whether they go on
         self._listeners: list[Listener] = []
 
     async def start_tokenizer(self, digest: str = "t0k") -> Listener:

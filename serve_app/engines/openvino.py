@@ -55,6 +55,8 @@ class OpenVinoEngine:
         self.precision: Precision = settle(precision, capable)
         self.lanes = threads
         self._dimensions = bert.dimensions
+        # By a text's length: how many columns of a rectangle it takes.
+        self._columns = np.array([bucket(length, 16, STEP) for length in range(len(bert.positions) + 1)], np.int32)
         graph = build(bert)
 
         def request(threads: int) -> InferRequest:
@@ -88,11 +90,12 @@ class OpenVinoEngine:
             is_wide = packed.tokens <= WIDE_TOKENS or (packed.rows == 1 and now - self._shared_s > CALM_S)
             request = self._wide if is_alone and is_wide and packed.tokens > self.brief_tokens else lane
             vectors = np.empty((packed.rows, self._dimensions), np.float32)
-            for rows in group(packed.lengths, LAUNCH_CELLS, LAUNCH_OVERHEAD_CELLS):
+            columns = self._columns[packed.lengths]
+            for rows in group(columns, LAUNCH_CELLS, LAUNCH_OVERHEAD_CELLS):
                 part = reorder(packed, rows) if packed.rows > 1 else packed
                 # OpenVINO prepares itself anew, 1.2 ms, when a shape is not that of the run before, and keeps kernels
                 # for each shape it meets. So shapes are few, and texts of one kind mostly meet the same.
-                shape = bucket(part.tokens, 16, STEP), bucket(part.rows, 4), bucket(int(part.lengths[0]), 16, STEP)
+                shape = bucket(part.tokens, 32, STEP), bucket(part.rows, 8), int(columns[rows[0]])
                 grid = lay_out(part, *shape)
                 request.infer([grid.ids, grid.positions, grid.places, grid.lengths, grid.cells], share_inputs=True)
                 vectors[rows] = request.get_output_tensor(0).data[: len(rows)]

@@ -3,7 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,28 +177,48 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
         bert.load(tmp_path, "mean", True)
 
 
+class Seen:
+    """A request to the engine that first says what it is given."""
+
+    def __init__(self, inner: InferRequest, note: Callable[[list[Any]], None]) -> None:
+        self.inner, self.note = inner, note
+
+    def infer(self, inputs: list[Any], **options: Any) -> None:
+        self.note(inputs)
+        self.inner.infer(inputs, **options)
+
+    def get_output_tensor(self, index: int) -> Any:
+        return self.inner.get_output_tensor(index)
+
+
+def watch_lanes(engine: OpenVinoEngine, note: Callable[[list[Any]], None]) -> None:
+    for lane in [engine._free.get() for _ in range(engine.lanes + 1)]:
+        engine._free.put(Seen(lane, note))  # type: ignore[arg-type]
+
+
+def test_texts_that_take_as_many_columns_run_in_one_launch(network: Bert) -> None:
+    """Whatever their lengths are within these: apart they would be padded as much, and to more rows."""
+    engine, shapes = OpenVinoEngine(network, "auto", 2), list[tuple[int, ...]]()
+    watch_lanes(engine, lambda inputs: shapes.append(inputs[2].shape))
+    alike, unlike = sequences(*range(65, 81)), sequences(*[20] * 8, *[200] * 8)
+    vectors = engine.embed(alike)
+    assert shapes == [(16, 80)]
+    engine.embed(unlike)
+    assert shapes[1:] == [(8, 208), (8, 32)]
+    assert cosines(vectors, reference(network, alike)).min() >= 0.9995
+
+
 def test_a_small_batch_has_all_threads_while_it_is_alone(network: Bert) -> None:
     engine = OpenVinoEngine(network, "float32", 2)
     used: list[str] = []
 
-    class Seen:
-        """A request to the engine that notes its use; the first one makes a call while it runs."""
+    def note(name: str, _: list[Any]) -> None:
+        used.append(name)
+        if len(used) == 1:
+            engine.embed(sequences(40, 40))  # while the first runs
 
-        def __init__(self, name: str, inner: InferRequest) -> None:
-            self.name, self.inner = name, inner
-
-        def infer(self, *args: Any, **options: Any) -> None:
-            used.append(self.name)
-            if len(used) == 1:
-                engine.embed(sequences(40, 40))
-            self.inner.infer(*args, **options)
-
-        def get_output_tensor(self, index: int) -> Any:
-            return self.inner.get_output_tensor(index)
-
-    engine._wide = Seen("wide", engine._wide)  # type: ignore[assignment]
-    for lane in [engine._free.get() for _ in range(engine.lanes + 1)]:
-        engine._free.put(Seen("lane", lane))  # type: ignore[arg-type]
+    engine._wide = Seen(engine._wide, partial(note, "wide"))  # type: ignore[assignment]
+    watch_lanes(engine, partial(note, "lane"))
     small, brief, large = sequences(40, 40), sequences(9, 9), sequences(*[60] * 6)
     vectors = engine.embed(small)
     assert used == ["wide", "lane"]  # the second was not alone

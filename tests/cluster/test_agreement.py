@@ -90,7 +90,7 @@ def test_ray_is_the_same_everywhere() -> None:
 
 
 def test_the_image_sets_what_a_node_wants() -> None:
-    variables = re.search(r"^ENV (.*)$", DOCKERFILE, re.MULTILINE)
+    variables = re.search(r"^ENV (.*)$", DOCKERFILE.replace("\\\n", ""), re.MULTILINE)
     assert variables is not None
     assert dict(pair.split("=") for pair in variables[1].split()) == NODE_ENVIRONMENT
     [user] = re.findall(r"^USER (\d+)$", DOCKERFILE, re.MULTILINE)

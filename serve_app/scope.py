@@ -1,11 +1,12 @@
-"""A request before Serve and the routes see it: its path, its headers, and whether its client is there."""
+"""A request before Serve and the routes see it: its path, its headers, its client, and how its answer leaves."""
 
+import asyncio
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # uvicorn's own `receive`, whose connection knows if the client is there; not in the scope, which Serve may pickle.
 _received_by: ContextVar[Receive | None] = ContextVar("_received_by", default=None)
@@ -15,6 +16,50 @@ def is_gone() -> Callable[[], bool]:
     """Whether the client has left, by uvicorn's own note of it; always False behind another server."""
     connection = getattr(_received_by.get(), "__self__", None)
     return lambda: getattr(connection, "disconnected", False)
+
+
+class _Whole:
+    """uvicorn's connection during one answer, whose header and body it writes one after the other: here both at once.
+
+    What a replica has in hand when it is killed HAProxy sends to another, but not once it has read a header: between
+    the two writes an answer would be lost. One write also costs HAProxy and this replica half of two.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self._held.append(data)
+
+    def flush(self) -> None:
+        held, self._held = self._held, []
+        if held and not self._transport.is_closing():
+            self._transport.writelines(held)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+
+def _at_once(receive: Receive, send: Send) -> Send:
+    """uvicorn's `send`, but an answer's header waits for its body; as it was behind another server."""
+    connection = getattr(receive, "__self__", None)
+    transport = getattr(connection, "transport", None)
+    if connection is None or transport is None:
+        return send
+
+    async def send_whole(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            connection.transport = _Whole(transport)
+        await send(message)
+        if message["type"] == "http.response.body":
+            connection.transport.flush()
+
+    return send_whole
 
 
 class _CleanScope:
@@ -38,6 +83,7 @@ class _CleanScope:
             scope["headers"] = [(name, value) for name, value in scope["headers"] if self._may_pass(name, value)]
             scope["headers"].append(self.UNWATCHED)
             _received_by.set(receive)
+            send = _at_once(receive, send)
         await self._app(scope, receive, send)
 
     def _may_pass(self, name: bytes, value: bytes) -> bool:

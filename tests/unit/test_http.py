@@ -5,10 +5,13 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from serve_app import keys as key_files
 from serve_app.catalog import Catalog
@@ -296,6 +299,53 @@ async def test_a_fault_reaches_the_log_and_the_client_only_learns_that_there_was
             await server.post("/v1/embeddings", json=asked)
     assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
     assert "somebody" not in answer.text
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+async def test_an_answer_leaves_in_one_write(parser: str) -> None:
+    """HAProxy asks another replica in place of one that was killed, but not once a header has come."""
+    writes: list[bytes] = []
+
+    class Watched:
+        def __init__(self, transport: asyncio.Transport) -> None:
+            self.close, self.is_closing, self._transport = transport.close, transport.is_closing, transport
+
+        def writelines(self, parts: list[bytes]) -> None:
+            self.write(b"".join(parts))
+
+        def write(self, data: bytes) -> None:
+            writes.append(data)
+            self._transport.write(data)
+
+    models = Catalog([Pipeline(ModelSettings(), HandStages(), Settings().max_request_tokens)])
+    await models.pipelines[0].discover(time.monotonic() + 60)
+    [middleware] = middlewares()
+    app = middleware.cls(create_app(models, Settings(), None))
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        connection = receive.__self__
+        connection.transport = Watched(connection.transport)
+        await app(scope, receive, send)
+
+    config = uvicorn.Config(watched, http=parser, lifespan="off", log_level="error")
+    config.load()
+    state = ServerState()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0
+    )
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    asked = {"model": MODEL, "input": "x"}
+    async with server, httpx.AsyncClient(base_url=url, timeout=10) as http:
+        statuses = [
+            (await http.post("/v1/embeddings", json=asked)).status_code,
+            (await http.post("/v1/embeddings", json=asked, headers={"connection": "close"})).status_code,
+            (await http.post("/v1/embeddings", json={})).status_code,
+            (await http.head("/healthz")).status_code,
+            (await http.get("/healthz")).status_code,
+        ]
+    assert statuses == [200, 200, 400, 405, 200]
+    assert len(writes) == len(statuses) and all(each.startswith(b"HTTP/1.1 ") for each in writes)
+    assert [each.partition(b"\r\n\r\n")[2][:1] for each in writes] == [b"{", b"{", b"{", b"", b"{"]
 
 
 async def test_the_docs_need_nothing_from_the_internet() -> None:

@@ -129,7 +129,7 @@ class Load:
                 "/v1/embeddings", json={"model": MODEL, "input": sent, "encoding_format": "base64"}
             )
         except httpx.HTTPError as error:
-            return "failed", type(error).__name__
+            return "failed", f"{type(error).__name__}: {error}"
         if answer.status_code != 200:
             refused = is_refusal(answer.status_code, answer.headers, answer.content)
             return "refused" if refused else "failed", words_of(answer.status_code, answer.content)

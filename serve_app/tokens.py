@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from serve_app.errors import WeightsError
 from serve_app.packing import Frame, Packed, Tokenized
+from serve_app.words import Words
 
 # Of a long text first this many characters a token that counts are tokenized: English has 4 to 5, so that is enough.
 # Else a body of one 16 MB text would cost up to 28 s of work for its first 512 tokens.
@@ -25,7 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Tokenizer:
-    """A model's tokenizer; thread-safe, and it lets other threads run while it works."""
+    """A model's tokenizer; thread-safe."""
 
     def __init__(self, folder: Path, max_tokens: int, lowercase: bool) -> None:
         """`max_tokens` counts the start and end tokens; raises WeightsError if the folder's tokenizer can't be used."""
@@ -41,6 +45,10 @@ class Tokenizer:
         if len(ends) != 2:
             raise WeightsError(f"{folder}: tokenizer.json puts {len(ends)} tokens around a text; BERT's puts 2")
         self.frame = Frame(ends[0], ends[1], self._library.get_vocab_size(with_added_tokens=True), max_tokens)
+        parts = (self._library.normalizer, self._library.pre_tokenizer, self._library.model)
+        has_words = all(map(isinstance, parts, (BertNormalizer, BertPreTokenizer, WordPiece)))
+        added = [token.content for token in self._library.get_added_tokens_decoder().values()]
+        self._words = Words(self._ids_of_word, added) if has_words else None
 
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
         """Token ids of each text, in order, cut to the model's limit.
@@ -49,18 +57,27 @@ class Tokenizer:
         """
         if self._lowercase:
             texts = [text.lower() for text in texts]
-        short = [text if len(text) <= self._max_characters else "" for text in texts]
         # Here and below plain lists: for one short text a dozen calls of numpy took twice as long as its tokens.
-        rows = [encoding.ids for encoding in self._library.encode_batch_fast(short)]
-        for index, text in enumerate(texts):
-            if len(text) > self._max_characters:
-                rows[index] = [self.frame.start_id, *self._ids_of_long(text), self.frame.end_id]
-        full_lengths = np.array(list(map(len, rows)), np.int32)
-        ids = np.fromiter(chain.from_iterable(map(self._cut, rows)), np.int32)
+        rows = [self._ids(text) for text in texts]
+        left = [text for text, row in zip(texts, rows, strict=True) if row is None]
+        encoded = iter(self._library.encode_batch_fast(left, add_special_tokens=False) if left else ())
+        whole = [next(encoded).ids if row is None else row for row in rows]
+        full_lengths = np.array([2 + len(row) for row in whole], np.int32)
+        ids = np.fromiter(chain.from_iterable(map(self._framed, whole)), np.int32)
         return Tokenized(Packed(ids, np.minimum(full_lengths, self.frame.max_tokens)), full_lengths)
 
-    def _cut(self, row: list[int]) -> list[int]:
-        return row if len(row) <= self.frame.max_tokens else [*row[: self.frame.max_tokens - 1], self.frame.end_id]
+    def _framed(self, row: list[int]) -> list[int]:
+        return [self.frame.start_id, *row[: self.frame.max_tokens - 2], self.frame.end_id]
+
+    def _ids(self, text: str) -> list[int] | None:
+        """Ids without start and end token; None of a text that is left to the library."""
+        if len(text) > self._max_characters:
+            return self._ids_of_long(text)
+        return self._words.ids(text) if self._words is not None else None
+
+    def _ids_of_word(self, word: str) -> list[int]:
+        ids: list[int] = self._library.encode(word, add_special_tokens=False).ids
+        return ids
 
     def _ids_of_long(self, text: str) -> list[int]:
         """Ids of a long text, or, as soon as they are more than can count, of its head."""

@@ -11,9 +11,9 @@ PACKAGE = Path(serve_app.__file__).parent
 # From the leaves up: a file may import only what stands before it.
 ORDER = (
     "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
-    "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "tokens",
-    "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "leash", "haproxy",
-    "replicas", "deployments", "session", "__main__",
+    "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "words",
+    "tokens", "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "leash",
+    "haproxy", "replicas", "deployments", "session", "__main__",
 )  # fmt: skip
 HOMES = {
     "ray": {"deployments", "haproxy", "replicas"},

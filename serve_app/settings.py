@@ -63,11 +63,11 @@ class ModelSettings(Frozen):
     )
     normalize: bool = Field(default=True, description="Scale vectors to length 1, as OpenAI's are.")
     batch_tokens: int = Field(
-        default=1024,
+        default=1280,
         ge=64,
         le=1 << 18,
         description="Most tokens in one batch, and most that one call carries. Larger feeds a GPU better (65,536), "
-        "smaller takes less memory (1,024 are 0.1 to 0.2 s of one core).",
+        "smaller takes less memory (1,280 are 0.1 to 0.2 s of one core).",
     )
     bulk_share: float = Field(
         default=0.1,

@@ -34,7 +34,7 @@ CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 ENGINES = {
     "sleep": Costs(launch_s=0.005, token_s=0.001, batch_tokens=256, start_s=6.0),
     "cpu": Costs(
-        launch_s=0.0012, token_s=2 / Rates.cpu_tokens, batch_tokens=1024, lanes=2, lane_tokens=128, start_s=15.0
+        launch_s=0.0012, token_s=2 / Rates.cpu_tokens, batch_tokens=1280, lanes=2, lane_tokens=128, start_s=15.0
     ),
     "gpu": Costs(launch_s=0.0007, token_s=1 / Rates.gpu_tokens, batch_tokens=65_536, start_s=60.0),
 }

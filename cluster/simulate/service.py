@@ -32,7 +32,7 @@ class Costs:
 
     launch_s: float = 0.005
     token_s: float = 0.001
-    batch_tokens: int = 1024
+    batch_tokens: int = 1280
     lanes: int = 1  # batches that one replica runs at once, each in the time given here
     lane_tokens: int = 1  # least tokens of a batch that runs beside another
     start_s: float = 10.0  # from the decision until a replica takes calls

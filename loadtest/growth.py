@@ -39,7 +39,7 @@ def config(replicas: int) -> dict[str, Any]:
 
 
 def tokenizer_rate(cell: Cell, seconds: float = 2.0) -> float:
-    """Tokens/s of one tokenizer, on one core, of texts that are sent to the Tokenizer replicas."""
+    """Tokens/s of one tokenizer, on one core, of long texts of words that it has met before."""
     texts = [request[0] for request in requests(cell)][:8]
     made, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:

@@ -51,7 +51,8 @@ class Described:
     tokenizers: int  # 0 while none answers
     models: int  # 0 while they are scaled to zero
     tokens_per_s: float  # that the models do for this caller; 0.0 while none is known
-    tokenize: Callable[[Sequence[str]], Tokenized]  # the tokenizers' own tokenizer, in this process
+    # The tokenizers' own tokenizer, in this process; None where more characters than that are new to it.
+    tokenize: Callable[[Sequence[str], int], Tokenized | None]
 
 
 def deal(whole: Embedded, jobs: Sequence[Packed]) -> list[Embedded]:

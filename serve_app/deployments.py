@@ -49,8 +49,8 @@ LULL_S = 0.001
 ENGINE_STALL_S = 30.0  # at one batch, which is some hundred milliseconds of work: the engine hangs
 # Characters that are tokenized in under a millisecond, which is not worth a thread; and those of one text at most.
 INLINE_CHARACTERS, TEXT_CHARACTERS = 2_000, 8_192
-# What a tokenizer tries itself out with: texts of this kind, as many as make a full call.
-TYPICAL_TEXTS = ["how long does red wine keep once the bottle is open"] * (CALL_CHARACTERS // 51)
+# What a tokenizer tries itself out with, as many as make a full call: of its slower texts, which can't be looked up.
+TYPICAL_TEXTS = ["how long does rosé wine keep once the bottle is open"] * (CALL_CHARACTERS // 52)
 # How many more objects there must be before Python looks for cycles among them. A request makes none, and has some 60
 # objects while it waits. With Python's own 700 the ingress looked for 6 % of its time; with 5,000 0.2 s at a stretch.
 COLLECTED_AT = 50_000

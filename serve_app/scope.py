@@ -21,21 +21,24 @@ def is_gone() -> Callable[[], bool]:
 class _Whole:
     """uvicorn's connection during one answer, whose header and body it writes one after the other: here both at once.
 
-    What a replica has in hand when it is killed HAProxy sends to another, but not once it has read a header: between
-    the two writes an answer would be lost. One write also costs HAProxy and this replica half of two.
+    HAProxy sends what a killed replica had in hand to another, unless it has read a header: between the two writes an
+    answer would be lost.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self._held: list[bytes] = []
+        self._held, self._is_first = b"", True
 
     def write(self, data: bytes) -> None:
-        self._held.append(data)
+        self._held += data
+        if not self._is_first:
+            self.flush()
+        self._is_first = False
 
     def flush(self) -> None:
-        held, self._held = self._held, []
+        held, self._held = self._held, b""
         if held and not self._transport.is_closing():
-            self._transport.writelines(held)
+            self._transport.write(held)
 
     def close(self) -> None:
         self.flush()
@@ -46,7 +49,7 @@ class _Whole:
 
 
 def _at_once(receive: Receive, send: Send) -> Send:
-    """uvicorn's `send`, but an answer's header waits for its body; as it was behind another server."""
+    """uvicorn's `send`, but an answer's header waits for its body; behind another server it is `send` itself."""
     connection = getattr(receive, "__self__", None)
     transport = getattr(connection, "transport", None)
     if connection is None or transport is None:

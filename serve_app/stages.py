@@ -94,7 +94,7 @@ class RemoteStages:
                 raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
         tokens_per_s = sum(rate for _, _, rate in chosen)
         self._described = Described(
-            served, self._tokenizer.frame, len(fitting), len(chosen), tokens_per_s, self._tokenizer.tokenize
+            served, self._tokenizer.frame, len(fitting), len(chosen), tokens_per_s, self._tokenizer.tokenize_known
         )
         return self._described
 

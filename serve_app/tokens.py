@@ -2,9 +2,11 @@
 
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as LibraryTokenizer
@@ -45,23 +47,43 @@ class Tokenizer:
         if len(ends) != 2:
             raise WeightsError(f"{folder}: tokenizer.json puts {len(ends)} tokens around a text; BERT's puts 2")
         self.frame = Frame(ends[0], ends[1], self._library.get_vocab_size(with_added_tokens=True), max_tokens)
-        parts = (self._library.normalizer, self._library.pre_tokenizer, self._library.model)
-        has_words = all(map(isinstance, parts, (BertNormalizer, BertPreTokenizer, WordPiece)))
-        added = [token.content for token in self._library.get_added_tokens_decoder().values()]
-        self._words = Words(self._ids_of_word, added) if has_words else None
+        self._words = self._new_words()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the words: other threads may be adding to them, and a replica of other code may not know of them.
+        return {name: value for name, value in self.__dict__.items() if name != "_words"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._words = self._new_words()
 
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
         """Token ids of each text, in order, cut to the model's limit.
 
         Promises the ids of `tokenizers` and `transformers` exactly; a cut text's full length is a lower bound.
         """
+        tokenized = self.tokenize_known(texts, sys.maxsize)
+        assert tokenized is not None, "there are more characters than memory has. This is a bug."
+        return tokenized
+
+    def tokenize_known(self, texts: Sequence[str], most_new_characters: int) -> Tokenized | None:
+        """The same within some milliseconds: None if more characters than that are of texts or words that are new.
+
+        The words that were met up to there are known the next time.
+        """
         if self._lowercase:
             texts = [text.lower() for text in texts]
         # Here and below plain lists: for one short text a dozen calls of numpy took twice as long as its tokens.
-        rows = [self._ids(text) for text in texts]
-        left = [text for text, row in zip(texts, rows, strict=True) if row is None]
-        encoded = iter(self._library.encode_batch_fast(left, add_special_tokens=False) if left else ())
-        whole = [next(encoded).ids if row is None else row for row in rows]
+        rows: list[list[int] | None] = []
+        new_characters = 0
+        for text in texts:
+            words = self._words.split(text) if len(text) <= self._max_characters else None
+            new_characters += len(text) if words is None else self._words.new_characters(words)
+            if new_characters > most_new_characters:
+                return None
+            rows.append(None if words is None else self._words.ids(words))
+        left = self._encode([text for text, row in zip(texts, rows, strict=True) if row is None])
+        whole = [next(left) if row is None else row for row in rows]
         full_lengths = np.array([2 + len(row) for row in whole], np.int32)
         ids = np.fromiter(chain.from_iterable(map(self._framed, whole)), np.int32)
         return Tokenized(Packed(ids, np.minimum(full_lengths, self.frame.max_tokens)), full_lengths)
@@ -69,11 +91,22 @@ class Tokenizer:
     def _framed(self, row: list[int]) -> list[int]:
         return [self.frame.start_id, *row[: self.frame.max_tokens - 2], self.frame.end_id]
 
-    def _ids(self, text: str) -> list[int] | None:
-        """Ids without start and end token; None of a text that is left to the library."""
-        if len(text) > self._max_characters:
-            return self._ids_of_long(text)
-        return self._words.ids(text) if self._words is not None else None
+    def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Ids without start and end token, by the library."""
+        if not texts:
+            return
+        short = [text if len(text) <= self._max_characters else "" for text in texts]
+        encodings = self._library.encode_batch_fast(short, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            yield encoding.ids if len(text) <= self._max_characters else self._ids_of_long(text)
+
+    def _new_words(self) -> Words:
+        parts = (self._library.normalizer, self._library.pre_tokenizer, self._library.model)
+        is_bert = all(map(isinstance, parts, (BertNormalizer, BertPreTokenizer, WordPiece)))
+        reserved = [token.content for token in self._library.get_added_tokens_decoder().values()]
+        are_plain = all(map(re.compile("[!-~]+").fullmatch, reserved))  # others are found in what a text is changed to
+        # With the empty string, which is in every text, all are left to the library.
+        return Words(self._ids_of_word, reserved if is_bert and are_plain else [""])
 
     def _ids_of_word(self, word: str) -> list[int]:
         ids: list[int] = self._library.encode(word, add_special_tokens=False).ids

@@ -42,6 +42,11 @@ def tokenized(texts: Sequence[str]) -> Tokenized:
     return enclose(np.array([ord(c) for text in texts for c in text], np.int64), lengths, FRAME)
 
 
+def known(texts: Sequence[str], most_new_characters: int) -> Tokenized | None:
+    """Here each text is new that is not ASCII."""
+    return tokenized(texts) if sum(len(text) for text in texts if not text.isascii()) <= most_new_characters else None
+
+
 class HandStages:
     """Counts its calls; raises `failure` where one is set."""
 
@@ -61,7 +66,7 @@ class HandStages:
             raise self.failure
         self.descriptions += 1
         described = replace(served(self.model), tokenizer=self.tokenizer)
-        return Described(described, FRAME, 1, self.models, tokens_per_s=self.tokens_per_s, tokenize=tokenized)
+        return Described(described, FRAME, 1, self.models, tokens_per_s=self.tokens_per_s, tokenize=known)
 
     async def tokenize(self, texts: Sequence[str], deadline: float) -> Tokenized:
         self.texts_by_call.append(len(texts))

@@ -25,13 +25,13 @@ from loadtest.traffic.kinds import QUERIES, of_words
 from loadtest.weights import TOKENIZER, network
 from loadtest.workload import MODEL, SEED
 from serve_app.engines.sleep import SleepEngine
-from serve_app.pipeline import SHORT_CHARACTERS_NOT_ASCII
+from serve_app.pipeline import NEW_CHARACTERS
 
 # One request in so many is a pair of texts, one in so many a text that the ingress leaves to the tokenizers, and one in
 # so many a list that goes to models as a long request.
 PAIR_EVERY, LONG_EVERY, LIST_EVERY = 10, 40, 240
 LIST = 48
-LONG = [f"{text} …" for text in of_words(180, 200) if len(text) > SHORT_CHARACTERS_NOT_ASCII][:5]
+LONG = [f"{text} naïve" for text in of_words(180, 200) if len(text) > NEW_CHARACTERS][:5]
 # One in so many goes through OpenAI's client, with its default of two further tries.
 OPENAI_EVERY = 4
 # Over the service's own limit, so that its answer comes first.

@@ -20,7 +20,7 @@ from loadtest.chaos.load import LIST, LONG, OPENAI_EVERY, Load, known_vectors, t
 from loadtest.chaos.table import COLUMNS, table
 from loadtest.chaos.tally import Promise, Record, Seen, broken, is_refusal
 from loadtest.traffic.kinds import QUERIES
-from serve_app.pipeline import SHORT_CHARACTERS_NOT_ASCII
+from serve_app.pipeline import NEW_CHARACTERS
 
 ERROR = orjson.dumps({"error": {"message": "later", "type": "rate_limit_error", "param": None, "code": "slow_down"}})
 
@@ -126,7 +126,7 @@ def test_the_load_has_short_texts_pairs_and_those_that_the_tokenizers_get() -> N
     asked = [texts_of(number, source) for number in range(960)]
     assert {text for texts in asked for text in texts} == {*QUERIES, *LONG} == set(known_vectors())
     assert sum(len(texts) == 2 for texts in asked) == 96
-    left = [text for [text, *_] in asked if len(text) > SHORT_CHARACTERS_NOT_ASCII and not text.isascii()]
+    left = [text for [text, *_] in asked if len(text) > NEW_CHARACTERS and not text.isascii()]
     assert len(left) == 24
     assert sum(len(texts) == LIST for texts in asked) == 4
 

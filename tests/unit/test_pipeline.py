@@ -11,7 +11,7 @@ from serve_app.answers import Embedded
 from serve_app.catalog import Catalog
 from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnavailable, Overloaded, TooManyTokens
 from serve_app.packing import ClientIds, Packed
-from serve_app.pipeline import MAX_HELD_TOKENS, SHORT_CHARACTERS, SHORT_CHARACTERS_NOT_ASCII, Answer, Pipeline
+from serve_app.pipeline import MAX_HELD_TOKENS, NEW_CHARACTERS, SHORT_CHARACTERS, Answer, Pipeline
 from serve_app.settings import ModelSettings
 from tests.hand import HandStages, vector
 from tests.model import MODEL as STAND_IN
@@ -35,7 +35,7 @@ async def test_vectors_come_in_the_order_of_the_inputs_across_many_calls() -> No
 async def test_requests_that_arrive_while_calls_are_in_flight_leave_together() -> None:
     stages = HandStages()
     shared = pipeline(stages, batch_tokens=4096)
-    texts = [f"{number:3} " + "é" * SHORT_CHARACTERS_NOT_ASCII for number in range(100)]
+    texts = [f"{number:3} " + "é" * NEW_CHARACTERS for number in range(100)]
     answers = await asyncio.gather(*(shared.embed([text], FAR) for text in texts))
     assert np.allclose(np.concatenate([answer.vectors for answer in answers]), [vector(text) for text in texts])
     # 31 of these texts are a full call, and full calls need no place in flight
@@ -70,7 +70,7 @@ async def test_who_is_answered_and_asks_again_leaves_with_those_who_waited() -> 
     assert stages.tokens_by_call == [4 + 4, 8 + 6 + 6]
 
 
-@pytest.mark.parametrize(("character", "limit"), [("x", SHORT_CHARACTERS), ("é", SHORT_CHARACTERS_NOT_ASCII)])
+@pytest.mark.parametrize(("character", "limit"), [("x", SHORT_CHARACTERS), ("é", NEW_CHARACTERS)])
 async def test_a_short_text_is_tokenized_where_it_arrives_and_a_long_one_by_the_stage(
     character: str, limit: int
 ) -> None:

@@ -16,7 +16,7 @@ from serve_app.packing import Tokenized
 from serve_app.pipeline import SHORT_CHARACTERS, Pipeline
 from serve_app.settings import ModelSettings
 from serve_app.stages import RemoteStages
-from tests.hand import FRAME, HandStages, served, tokenized, vector
+from tests.hand import FRAME, HandStages, known, served, tokenized, vector
 
 HOST = "127.0.0.1"
 LONG = "long " * SHORT_CHARACTERS
@@ -25,6 +25,7 @@ LONG = "long " * SHORT_CHARACTERS
 class HandTokenizer:
     frame = FRAME
     tokenize = staticmethod(tokenized)
+    tokenize_known = staticmethod(known)
 
 
 @dataclass

@@ -161,25 +161,22 @@ class Model:
 
     async def infer(self, packed: Packed, deadline: float) -> Embedded:
         """Vectors of the sequences, in order; raises DeadlineExceeded if they could not start in time."""
-        return await self._infer(self._short, packed, deadline)
-
-    async def infer_bulk(self, packed: Packed, deadline: float) -> Embedded:
-        """The same for a part of a long request, which leaves the processor to short ones."""
-        return await self._infer(self._long, packed, deadline)
-
-    async def _infer(self, queue: Queue, packed: Packed, deadline: float) -> Embedded:
-        if queue.has_room:
-            return await queue.submit(packed, packed.tokens, deadline)
-        job: asyncio.Task[Embedded] = await self._infer_together((queue, packed, deadline))
+        if self._short.has_room:
+            return await self._short.submit(packed, packed.tokens, deadline)
+        job: asyncio.Task[Embedded] = await self._infer_together((packed, deadline))
         return await job
 
     # `@serve.batch` seals a batch at every turn of the loop, whether the engine is free or not, so it only gathers the
     # calls of one turn, as jobs of the scheduler that holds what waits; each call awaits its own. With an idle engine
     # there is nothing to gather, and the decorator's own turns of the loop would take 0.4 ms.
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0, max_concurrent_batches=16)
-    async def _infer_together(self, calls: list[tuple[Queue, Packed, float]]) -> list[asyncio.Task[Embedded]]:
-        jobs = (queue.submit(packed, packed.tokens, deadline) for queue, packed, deadline in calls)
+    async def _infer_together(self, calls: list[tuple[Packed, float]]) -> list[asyncio.Task[Embedded]]:
+        jobs = (self._short.submit(packed, packed.tokens, deadline) for packed, deadline in calls)
         return [asyncio.create_task(job) for job in jobs]
+
+    async def infer_bulk(self, packed: Packed, deadline: float) -> Embedded:
+        """The same for a part of a long request, which leaves the processor to short ones, and is a batch by itself."""
+        return await self._long.submit(packed, packed.tokens, deadline)
 
     async def _run(self, threads: Executor | None, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
         jobs = [entry.job for entry in entries]

@@ -36,7 +36,7 @@ INDEXERS = 2
 ROUNDS = 3
 OVERLOAD = 10
 DEADLINE_MS = 2_000
-SLEEPING_BATCH_TOKENS = 128  # take it 0.13 s, as 1,280 take one core
+SLEEPING_BATCH_TOKENS = 128  # take it 0.13 s, nearly as long as 1,280 take one core
 SLOW = 1_000
 TRICKLE_S = 5.0
 # What counts as recovered: an answer within this many times the median of the idle service.

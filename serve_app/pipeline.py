@@ -37,7 +37,7 @@ from serve_app.settings import ModelSettings
 T = TypeVar("T")
 
 # Characters of a request's texts up to which it is tokenized here, by 0.7 ms of looking words up: a call costs this
-# replica and a tokenizer as much. And how many of them may be new, at 0.4 to 3.5 ms.
+# replica and a tokenizer as much. And how many of them may be new, at 1 to 3 ms.
 SHORT_CHARACTERS, NEW_CHARACTERS = 16_384, 1_024
 # Characters of text in one call to a tokenizer: 2 ms of its work where it knows the words, else some 10.
 CALL_CHARACTERS = 32_768

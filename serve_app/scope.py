@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,8 +15,13 @@ _received_by: ContextVar[Receive | None] = ContextVar("_received_by", default=No
 
 def is_gone() -> Callable[[], bool]:
     """Whether the client has left, by uvicorn's own note of it; always False behind another server."""
-    connection = getattr(_received_by.get(), "__self__", None)
+    connection = _connection(_received_by.get())
     return lambda: getattr(connection, "disconnected", False)
+
+
+def _connection(receive: Receive | None) -> Any:
+    """uvicorn's own record of a request, to which its `receive` belongs; None behind another server."""
+    return getattr(receive, "__self__", None)
 
 
 class _Whole:
@@ -50,9 +56,9 @@ class _Whole:
 
 def _at_once(receive: Receive, send: Send) -> Send:
     """uvicorn's `send`, but an answer's header waits for its body; behind another server it is `send` itself."""
-    connection = getattr(receive, "__self__", None)
+    connection = _connection(receive)
     transport = getattr(connection, "transport", None)
-    if connection is None or transport is None:
+    if transport is None:
         return send
 
     async def send_whole(message: Message) -> None:

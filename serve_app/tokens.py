@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -77,28 +77,24 @@ class Tokenizer:
         rows: list[list[int] | None] = []
         new_characters = 0
         for text in texts:
-            words = self._words.split(text) if len(text) <= self._max_characters else None
+            is_long = len(text) > self._max_characters
+            words = None if is_long else self._words.split(text)
             new_characters += len(text) if words is None else self._words.new_characters(words)
             if new_characters > most_new_characters:
                 return None
-            rows.append(None if words is None else self._words.ids(words))
-        left = self._encode([text for text, row in zip(texts, rows, strict=True) if row is None])
-        whole = [next(left) if row is None else row for row in rows]
+            if words is not None:
+                rows.append(self._words.ids(words))
+            else:
+                rows.append(self._ids_of_long(text) if is_long else None)
+        left = [text for text, row in zip(texts, rows, strict=True) if row is None]
+        encoded = iter(self._library.encode_batch_fast(left, add_special_tokens=False) if left else ())
+        whole = [next(encoded).ids if row is None else row for row in rows]
         full_lengths = np.array([2 + len(row) for row in whole], np.int32)
         ids = np.fromiter(chain.from_iterable(map(self._framed, whole)), np.int32)
         return Tokenized(Packed(ids, np.minimum(full_lengths, self.frame.max_tokens)), full_lengths)
 
     def _framed(self, row: list[int]) -> list[int]:
         return [self.frame.start_id, *row[: self.frame.max_tokens - 2], self.frame.end_id]
-
-    def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Ids without start and end token, by the library."""
-        if not texts:
-            return
-        short = [text if len(text) <= self._max_characters else "" for text in texts]
-        encodings = self._library.encode_batch_fast(short, add_special_tokens=False)
-        for text, encoding in zip(texts, encodings, strict=True):
-            yield encoding.ids if len(text) <= self._max_characters else self._ids_of_long(text)
 
     def _new_words(self) -> Words:
         parts = (self._library.normalizer, self._library.pre_tokenizer, self._library.model)

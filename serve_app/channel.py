@@ -212,6 +212,10 @@ class Channel(_Frames):
         self.transport.write(self._endpoint.secret)
 
     @property
+    def takes_calls(self) -> bool:
+        return self.is_open and not self._is_retired
+
+    @property
     def silent_s(self) -> float:
         """For how long nothing has come from a replica that has calls; 0.0 for one that has none."""
         return time.monotonic() - self._heard if self._answers else 0.0

@@ -51,7 +51,7 @@ class Pool:
         wanted = set(endpoints)
         for endpoint in self._channels.keys() - wanted:
             self._channels.pop(endpoint).retire()
-        new = [each for each in wanted if each not in self._channels or not self._channels[each].is_open]
+        new = [each for each in wanted if each not in self._channels or not self._channels[each].takes_calls]
         await asyncio.gather(*map(self._add, new))
 
     async def _add(self, endpoint: Endpoint) -> None:
@@ -67,7 +67,9 @@ class Pool:
             silent = [channel for channel in self._channels.values() if channel.silent_s > SILENT_S]
             alive = await asyncio.gather(*(channel.is_alive(SILENT_S) for channel in silent))
             dead = [channel for channel, lives in zip(silent, alive, strict=True) if not lives]
-            if not self._waits or any(each.is_open and each.silent_s <= SILENT_S for each in self._channels.values()):
+            if not self._waits or any(
+                each.takes_calls and each.silent_s <= SILENT_S for each in self._channels.values()
+            ):
                 for channel in dead:
                     logger.warning(f"a replica of {self._name} has been silent for {channel.silent_s:.1f} s")
                     channel.transport.abort()
@@ -84,6 +86,8 @@ class Pool:
                         return await channel.call(method, job, cost, deadline - time.monotonic())
                     except (PeerLost, EngineBroken) as error:
                         logger.warning(f"a replica of {self._name} was lost with a call in flight: {error}")
+                        if channel.takes_calls:  # it fails at once: it would always be the one with the least work
+                            channel.retire()
                         lost.append(channel)
                         if self._repeats < 1:
                             raise ModelUnavailable(f"The model `{self._name}` loses too many replicas.") from None
@@ -94,7 +98,7 @@ class Pool:
 
     async def _least_loaded(self, lost: list[Channel]) -> Channel:
         while True:
-            candidates = [each for each in self._channels.values() if each.is_open and each not in lost]
+            candidates = [each for each in self._channels.values() if each.takes_calls and each not in lost]
             if candidates:
                 return min(candidates, key=lambda channel: (channel.load, random.random()))
             if not self._waits:

@@ -16,7 +16,7 @@ import pytest
 from serve_app import channel, pool
 from serve_app.channel import HEADER, MAX_PAYLOAD_BYTES, Endpoint, Listener
 from serve_app.errors import DeadlineExceeded, EngineBroken, EngineError, InvalidInput, ModelUnavailable
-from serve_app.pool import ATTEMPTS, Pool
+from serve_app.pool import ATTEMPTS, REPEATS, Pool
 
 HOST = "127.0.0.1"
 
@@ -169,13 +169,18 @@ async def test_calls_of_a_replica_that_dies_are_made_again_at_another(service: S
 
 
 async def test_a_call_of_a_replica_whose_engine_is_broken_is_made_again_at_another(service: Service) -> None:
+    asked: list[int] = []
+
     async def broken(job: Any, deadline: float) -> Any:
+        asked.append(job)
         raise EngineBroken("the engine fails at everything")
 
     _, endpoints = await service.start(1)
     bad = Listener({"echo": broken})
     await service.pool.update([await bad.open(HOST), *endpoints])
-    assert [await service.pool.call("echo", number, 1, soon()) for number in range(20)] == list(range(20))
+    calls = range(2 * REPEATS)  # more than could be made again
+    assert [await service.pool.call("echo", number, 1, soon()) for number in calls] == list(calls)
+    assert len(asked) == 1, "it answers at once, so it would have been asked each time"
     await bad.close()
 
 

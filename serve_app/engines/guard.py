@@ -1,6 +1,9 @@
 """Narrows an engine's faults down: one bad sequence, or too little memory, does not fail what shares its batch."""
 
 import logging
+import math
+import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,29 +17,44 @@ logger = logging.getLogger("ray.serve")
 PROBE = Packed(np.ones(3, np.int32), np.array([3], np.int32))
 
 
+# For how long batches are cut after memory was short: another process on the device may have had it.
+SHORT_S = 60.0
+
+
 class Guard:
     """An engine that answers every batch, with NaN in the rows that it can't compute; as safe for threads as its own.
 
-    A batch that fails is halved until what fails is one row. A batch over the device's memory is halved, and those
-    after it are cut to what did fit.
+    A batch that fails is halved until what fails is one row. Where it was memory that was short, those after it are cut
+    to as little, for a while.
     """
 
-    def __init__(self, engine: Engine, dimensions: int) -> None:
+    def __init__(self, engine: Engine, dimensions: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
-        self.most_tokens: int | None = None  # in one batch, once memory was short
         self._dimensions = dimensions
+        self._clock = clock
+        self._most_tokens, self._short_at = (
+            0,
+            -math.inf,
+        )  # what was left to try when memory was short, and when that was
+
+    @property
+    def most_tokens(self) -> int | None:
+        """In one batch, for a while after memory was short."""
+        return self._most_tokens if self._clock() - self._short_at < SHORT_S else None
 
     def embed(self, packed: Packed) -> Float32:
         """Vectors, float32 [B, D], in the order of the rows; raises EngineBroken if not even a probe succeeds."""
-        if self.most_tokens and packed.tokens > self.most_tokens and packed.rows > 1:
-            return self._embed_parts(split(packed, self.most_tokens))
+        if packed.rows > 1 and (limit := self.most_tokens) and packed.tokens > limit:
+            return self._embed_parts(split(packed, limit))
         fault = ""
         try:
             vectors = self.engine.embed(packed)
             if np.isfinite(vectors).all():
                 return vectors
         except MemoryError:
-            self.most_tokens = max(1, packed.tokens // 2)
+            if packed.rows > 1:
+                self._most_tokens = min(self.most_tokens or packed.tokens, packed.tokens // 2)
+                self._short_at = self._clock()
             fault = f"memory is too small for a batch of {packed.tokens} tokens"
         except Exception as error:  # whatever a backend raises; its words may hold the input's
             fault = type(error).__name__

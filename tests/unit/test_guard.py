@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from serve_app.engines.guard import PROBE, Guard
+from serve_app.engines.guard import PROBE, SHORT_S, Guard
 from serve_app.errors import EngineBroken
 from serve_app.packing import Float32, Packed
 
@@ -98,6 +98,38 @@ def test_a_batch_over_the_memory_is_halved_and_later_ones_are_cut_to_what_fitted
     engine.batches.clear()
     guard.embed(texts(*range(1, 9)))
     assert max(engine.batches) <= 10, "a batch that can't fit was tried again"
+
+
+def test_batches_are_whole_again_once_memory_was_short_for_long_enough() -> None:
+    now = 0.0
+    most = 10
+
+    def is_small(packed: Packed) -> None:
+        if packed.tokens > most:
+            raise MemoryError
+
+    engine = HandEngine(is_small)
+    guard = Guard(engine, DIMENSIONS, clock=lambda: now)
+    guard.embed(texts(*range(1, 9)))
+    guard.embed(texts(1))  # a row of its own says nothing of batches
+    most = 1000
+    now = SHORT_S - 1
+    engine.batches.clear()
+    guard.embed(texts(*range(1, 9)))
+    assert max(engine.batches) <= 10
+    now = SHORT_S
+    guard.embed(texts(*range(1, 9)))
+    assert max(engine.batches) == 24
+
+
+def test_a_sequence_that_alone_is_over_the_memory_leaves_batches_as_they_are() -> None:
+    def is_short(packed: Packed) -> None:
+        if packed.rows == 1 and packed.tokens > 3:
+            raise MemoryError
+
+    guard = Guard(HandEngine(is_short), DIMENSIONS)
+    guard.embed(Packed(np.full(9, 7, np.int32), np.array([9], np.int32)))
+    assert guard.most_tokens is None
 
 
 def test_one_sequence_over_the_memory_has_no_vector() -> None:

@@ -2,8 +2,8 @@
 
 Nothing waits for a batch to fill, and nothing waits while the worker is idle, but for some turns of the event loop
 where that is asked for. So batches are as small as the load allows and as large as it demands. One class serves twice:
-in front of the engine (one batch at a time), and in the ingress in front of the calls to other deployments (several in
-flight).
+in front of the engine (a batch for each of its lanes), and in the ingress in front of the calls to other deployments
+(several in flight).
 """
 
 import asyncio
@@ -49,12 +49,16 @@ class Slots:
 
     def share(self, waiting_cost: int, running_partial: int, running_cost: int) -> int:
         """Most cost of the next batch: of what waits as much for each batch that could start now, and of all that waits
-        and runs no more than a worker's part."""
+        and runs no more than a lane's part, or a worker's where a lane is not worth it."""
         share = -(-waiting_cost // max(1, self.workers * self.lanes - running_partial))
         if share < self.least:  # not worth several lanes of a worker
             share = -(-waiting_cost // max(1, self.workers - running_partial))
-        # Else the first worker that is free takes all that came meanwhile, and the next ones find too little.
-        part = -(-(waiting_cost + running_cost) // self.workers)
+        # Else the first that is free takes all that came meanwhile, the next ones find too little, and who comes then
+        # waits for all of it: of 8 texts of 510 words one lane took five, for 3 % fewer answers and a p99 of 252 ms
+        # instead of 218.
+        part = -(-(waiting_cost + running_cost) // (self.workers * self.lanes))
+        if part < self.least:
+            part = -(-(waiting_cost + running_cost) // self.workers)
         return min(self.budget, share, max(part, self.least))
 
     def pieces(self, cost: int) -> int:

@@ -234,7 +234,8 @@ async def test_while_another_batch_runs_the_next_one_waits_for_nobody(worker: Wo
         (Slots(1024, lanes=2, lane_cost=128), 9999, [], 1024),
         (Slots(1024, workers=4), 600, [60, 60, 60], 195),  # a fourth of all, though only one worker is free
         (Slots(1024, workers=4, lane_cost=128), 100, [10, 10, 10], 100),  # a fourth would be too little for a batch
-        (Slots(1024, lanes=2, lane_cost=128), 600, [60], 600),  # of one worker's lanes the free one takes all
+        (Slots(1024, lanes=2, lane_cost=128), 600, [60], 330),  # the lane that is free leaves the other its half
+        (Slots(1024, lanes=2, lane_cost=128), 150, [60], 150),  # of which it would make nothing
     ],
 )
 def test_what_waits_is_shared_as_far_as_it_is_worth_it(

@@ -23,7 +23,7 @@ from serve_app.words import Words
 CHARACTERS_A_TOKEN = 16
 # What can be shortened without changing a token: a run of white space separates words as one space does, and a
 # word of over 100 characters is unknown whatever it is (`max_input_chars_per_word` of BERT's WordPiece).
-LONG_RUN = re.compile(r"([ \t\r\n])[ \t\r\n]+|([A-Za-z0-9]{200})[A-Za-z0-9]+")
+LONG_RUN = re.compile(r"([ \t\r\n])[ \t\r\n]+|(?<![A-Za-z0-9])([A-Za-z0-9]{200})[A-Za-z0-9]+")
 CUT_REACH_TOKENS = 8  # [MASK] cut in two is five tokens at most
 # The library's own threads would take all cores for one list, from whoever else wants them; calls side by side do, too,
 # but in threads whose niceness is ours.
@@ -67,9 +67,8 @@ class Tokenizer:
         return tokenized
 
     def tokenize_known(self, texts: Sequence[str], most_new_characters: int) -> Tokenized | None:
-        """The same within some milliseconds: None if more characters than that are of texts or words that are new.
-
-        The words that were met up to there are known the next time.
+        """The same within some milliseconds: None if more characters than that are of texts or words that are new, of
+        which some are known the next time.
         """
         if self._lowercase:
             texts = [text.lower() for text in texts]
@@ -81,6 +80,8 @@ class Tokenizer:
             words = None if is_long else self._words.split(text)
             new_characters += len(text) if words is None else self._words.new_characters(words)
             if new_characters > most_new_characters:
+                if words is not None:
+                    self._words.learn(words)
                 return None
             if words is not None:
                 rows.append(self._words.ids(words))
@@ -110,11 +111,16 @@ class Tokenizer:
 
     def _ids_of_long(self, text: str) -> list[int]:
         """Ids of a long text, or, as soon as they are more than can count, of its head."""
-        text, characters = LONG_RUN.sub(r"\1\2", text), self._max_characters
+        shortened, read, characters = "", 0, self._max_characters
         while True:
+            # By pieces, since mostly only the first is needed, and the search lets no other thread run. What is cut
+            # between two is still white space, or over 100 characters.
+            while len(shortened) < characters and read < len(text):
+                shortened += LONG_RUN.sub(r"\1\2", text[read : read + self._max_characters])
+                read += self._max_characters
             # The fast way does not say which word a token belongs to.
-            [head] = self._library.encode_batch([text[:characters]], add_special_tokens=False)
-            if characters >= len(text):
+            [head] = self._library.encode_batch([shortened[:characters]], add_special_tokens=False)
+            if characters >= len(shortened) and read >= len(text):
                 return head.ids
             # No cut behind the head can change more than its last word, and a special token's length before that.
             words = head.word_ids

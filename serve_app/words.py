@@ -1,8 +1,8 @@
 """Token ids of the words that were met before, so that a text is looked up word by word instead of tokenized anew."""
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import chain, filterfalse
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, filterfalse, islice
 
 # BERT's words: letters and digits in a row, and each mark of punctuation for itself (`BertPreTokenizer` of the
 # `tokenizers` library). Of the characters in plain text all others only separate them. Those of other texts may be
@@ -13,6 +13,7 @@ NOT_PLAIN = re.compile(rf"[^\t\n\r -~{TYPOGRAPHIC}]")
 # At some 200 bytes each, at most 400. 418,000 words of English manuals had 18,000 different ones.
 MOST_WORDS = 65_536
 LONGEST_WORD, MOST_IDS = 32, 4
+LEARNT_AT_ONCE = 32
 
 
 class Words(dict[str, list[int]]):
@@ -42,7 +43,15 @@ class Words(dict[str, list[int]]):
 
     def new_characters(self, words: Sequence[str]) -> int:
         """How many characters the tokenizer would be asked for."""
-        return sum(map(len, filterfalse(self.__contains__, words)))
+        return sum(map(len, self._new(words)))
+
+    def learn(self, words: Sequence[str]) -> None:
+        """Ask the tokenizer for some of those that are new, which takes a tenth of a millisecond."""
+        for word in islice(self._new(words), LEARNT_AT_ONCE):
+            self.__missing__(word)
+
+    def _new(self, words: Sequence[str]) -> Iterator[str]:
+        return filterfalse(self.__contains__, dict.fromkeys(words))
 
     def ids(self, words: Sequence[str]) -> list[int]:
         """The ids of all of the words, without start and end token."""

@@ -166,8 +166,21 @@ HUGE = 1 << 18
         "\t\r\n " * HUGE + "late",
         "[MASK]" * HUGE,
         ("x" * 99 + ".") * 9999,
+        ("x" * 199 + " ") * 9999,
+        "the " * 500 + "x" * HUGE + " end",
     ],
-    ids=["words", "dots", "one word", "chinese", "spaces", "white space", "special", "long words"],
+    ids=[
+        "words",
+        "dots",
+        "one word",
+        "chinese",
+        "spaces",
+        "white space",
+        "special",
+        "long words",
+        "longer words",
+        "late",
+    ],
 )
 def test_a_huge_text_has_the_librarys_ids_though_most_of_it_is_not_tokenized(text: str) -> None:
     library = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))

@@ -86,6 +86,14 @@ def test_a_tokenizer_of_another_kind_is_left_to_itself(tmp_path: Path) -> None:
     assert tokenizer.tokenize_known(["One two"], 6) is None
 
 
+def test_a_text_with_too_much_that_is_new_is_known_after_some_more_like_it() -> None:
+    tokenizer = Tokenizer(FOLDER, 512, lowercase=False)
+    text = " ".join(f"{first}{second}" for first in "abcdefgh" for second in "abcdefgh")  # 64 words
+    assert tokenizer.tokenize_known([text], 100) is None
+    assert tokenizer.tokenize_known([text], 100) is not None, "half of it was learnt"
+    assert tokenizer.tokenize_known([f"{text} {text}"] * 9, 0) is not None
+
+
 def test_a_known_word_is_not_tokenized_again() -> None:
     asked: list[str] = []
 
@@ -96,7 +104,7 @@ def test_a_known_word_is_not_tokenized_again() -> None:
     known = Words(encode, ["[MASK]"])
     text = known.split("one, two\tone")
     assert text == ["one", ",", "two", "one"]
-    assert known.new_characters(text) == 3 + 1 + 3 + 3
+    assert known.new_characters(text) == 3 + 1 + 3
     assert known.ids(text) == [3, 1, 3, 3] == known.ids(text)
     assert known.new_characters(text) == 0
     assert asked == ["one", ",", "two"]

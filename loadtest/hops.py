@@ -85,7 +85,7 @@ def main() -> None:
     rows = {
         "HAProxy (beside a connection to the ingress itself)": through - behind,
         "HTTP server, Serve, FastAPI, and the two below": behind - stages,
-        "- of it reading the request, warm": each_ms(lambda: wire.parse(sent, 2048)),
+        "- of it reading the request, warm": each_ms(lambda: wire.parse(sent, 2048, 300_000)),
         "- of it rendering the answer, warm": each_ms(
             lambda: wire.render(vectors, json.loads(sent)["model"], 11, "base64")
         ),

@@ -41,8 +41,8 @@ class Catalog:
                 names += [(name, pipeline, served) for name in (served.id, *aliases)]
         return names
 
-    async def find(self, name: str, deadline: float) -> Pipeline:
-        """The pipeline behind a name, once the replicas that may answer to it have said what they serve.
+    async def find(self, name: str, deadline: float) -> tuple[Pipeline, Served]:
+        """The pipeline behind a name, and what it serves, once the replicas that may answer to it have said so.
 
         Raises ModelNotFound; or ModelUnavailable where they did not say it in time.
         """
@@ -72,11 +72,11 @@ class Catalog:
             async with asyncio.timeout(patience_s):
                 await asyncio.gather(*(pipeline.is_described.wait() for pipeline in pipelines))
 
-    def _serving(self, name: str) -> Pipeline | None:
+    def _serving(self, name: str) -> tuple[Pipeline, Served] | None:
         configured = self._configured.get(name)
         if configured and configured.served and configured.served.id == configured.settings.id:
-            return configured
-        return next((pipeline for served_name, pipeline, _ in self.served() if served_name == name), None)
+            return configured, configured.served
+        return next(((pipeline, served) for known, pipeline, served in self.served() if known == name), None)
 
     def _stand_ins(self, name: str) -> list[Pipeline]:
         """The pipelines that may turn out to serve that name though it is none of theirs."""

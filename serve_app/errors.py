@@ -36,6 +36,13 @@ class InvalidInput(EmbeddingError):
 class TooManyTokens(InvalidInput):
     """The inputs of one request hold more tokens together than one request may."""
 
+    def __init__(self, tokens: int, limit: int) -> None:
+        EmbeddingError.__init__(self, tokens, limit)
+        self.param = "input"
+
+    def __str__(self) -> str:
+        return "Requested {} tokens, max {} tokens per request".format(*self.args)
+
 
 class Unauthenticated(EmbeddingError):
     """No key was sent, or (`key_was_sent`) one that the keys file does not know."""

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app import wire
 from serve_app.answers import Served
+from serve_app.bodies import Bodies, Body
 from serve_app.catalog import Catalog
 from serve_app.errors import (
     CallerGone,
@@ -72,19 +73,21 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         Exception: _on_fault,
     }
 
+    bodies = Bodies(settings.max_body_bytes)
+
     async def embeddings(request: Request) -> Response:
         arrived = time.monotonic()
         _authenticate(request, keys)
         limit_s = min(settings.request_timeout_s, wire.parse_deadline(request.headers.get(DEADLINE_HEADER)))
         try:
             async with asyncio.timeout(limit_s):  # of a client that sends slowly, too
-                asked = wire.parse(await _read_body(request, settings.max_body_bytes), settings.max_inputs)
-                pipeline = await catalog.find(asked.model, arrived + limit_s)
-                answer = await pipeline.embed(asked.inputs, arrived + limit_s, asked.refuse_truncation, is_gone())
+                with Body(bodies) as sent:
+                    asked = wire.parse(await sent.read(request), settings.max_inputs, settings.max_request_tokens)
+                    pipeline, served = await catalog.find(asked.model, arrived + limit_s)
+                    wire.check_dimensions(asked.dimensions, served.dimensions)
+                    answer = await pipeline.embed(asked.inputs, arrived + limit_s, asked.refuse_truncation, is_gone())
         except TimeoutError:
             raise DeadlineExceeded(f"No answer within the limit of {limit_s:g} s.") from None
-        served = pipeline.served
-        assert served is not None, "an answer came from a model that was never described. This is a bug."
         vectors = wire.cut(answer.vectors, asked.dimensions, served.normalize)
         body = wire.render(vectors, asked.model, answer.tokens, asked.encoding)
         headers = {
@@ -116,8 +119,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
     async def model(request: Request) -> Response:
         _authenticate(request, keys)
         name = request.path_params["id"]
-        served = (await catalog.find(name, time.monotonic() + READY_TIMEOUT_S)).served
-        assert served is not None, "the catalog found a model that was never described. This is a bug."
+        _, served = await catalog.find(name, time.monotonic() + READY_TIMEOUT_S)
         return _json(_model(name, served))
 
     @app.get("/healthz")
@@ -129,7 +131,7 @@ def create_app(catalog: Catalog, settings: Settings, keys: Keys | None) -> ASGIA
         async def state(pipeline: Pipeline) -> str:
             try:
                 async with asyncio.timeout(READY_TIMEOUT_S):
-                    await pipeline.try_out(time.monotonic() + READY_TIMEOUT_S)
+                    await pipeline.try_out()
             except TimeoutError:
                 return f"no answer within {READY_TIMEOUT_S:g} s"
             except EmbeddingError as error:
@@ -186,26 +188,6 @@ def _authenticate(request: Request, keys: Keys | None) -> None:
     if keys is not None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         keys.name_of(key.strip() if scheme.lower() == "bearer" else None)
-
-
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    """The body, refused by its declared length before any of it is read, else as soon as it passes the limit."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise HTTPException(415, f"Unsupported content type: {kind[:80]!r}. Send 'application/json'.")
-    declared = request.headers.get("content-length", "")
-    size_bytes = int(declared[:20]) if declared.isdecimal() else 0
-    chunks: list[bytes] = []
-    if size_bytes <= limit_bytes:
-        size_bytes = 0
-        async for chunk in request.stream():
-            size_bytes += len(chunk)
-            if size_bytes > limit_bytes:
-                break
-            chunks.append(chunk)
-    if size_bytes > limit_bytes:
-        raise HTTPException(413, f"The body is over the limit of {limit_bytes} bytes: it has at least {size_bytes}.")
-    return b"".join(chunks)
 
 
 def _model(name: str, served: Served) -> dict[str, Any]:

@@ -60,7 +60,7 @@ HELD_RETRY_S = 10.0
 HEADROOM = 0.75
 # Of English text, by which a request is judged before it is tokenized.
 CHARACTERS_A_TOKEN = 4
-# How long replicas may take to say what they serve.
+# How long replicas may take to say what they serve, and to embed a text on trial.
 DISCOVERY_TIMEOUT_S = 5.0
 # Times that a request is computed again while replicas of new weights take the place of old ones.
 ROLLOUT_TRIES = 3
@@ -97,6 +97,7 @@ class Pipeline:
         self._described: Described | None = None  # what the replicas said last
         self.is_described = asyncio.Event()  # whether they said anything yet
         self._discovery: asyncio.Task[Described] | None = None
+        self._trial: asyncio.Task[None] | None = None
         self._stages = stages
         self._max_request_tokens = max_request_tokens
         self._tokenizing: Scheduler[Sequence[str], Tokenized] = Scheduler(
@@ -182,8 +183,15 @@ class Pipeline:
             infer_ms=whole.infer_ms,
         )
 
-    async def try_out(self, deadline: float) -> None:
-        """Embed a short text that is not counted as work, unless that would wake the model; raises as `embed` does."""
+    async def try_out(self) -> None:
+        """Embed a short text that is not counted as work, unless that would wake the model; raises as `embed` does. All
+        who ask at once share, so that however many they are they take no more than one connection's work."""
+        if self._trial is None or self._trial.done():
+            self._trial = asyncio.get_running_loop().create_task(self._try_out(), context=Context())
+        await asyncio.shield(self._trial)
+
+    async def _try_out(self) -> None:
+        deadline = time.monotonic() + DISCOVERY_TIMEOUT_S
         described = self._described or await self.discover(deadline)
         if not self.is_asleep:
             text = await self._tokenize(["ready?"], described, deadline, lambda: False)
@@ -194,7 +202,10 @@ class Pipeline:
         held = self._short.unfinished_cost + self._long.unfinished_cost
         if held > MAX_HELD_TOKENS:
             raise Overloaded(f"{held} tokens wait, the limit is {MAX_HELD_TOKENS}; try again later.", HELD_RETRY_S)
-        tokens = len(inputs.ids) if isinstance(inputs, ClientIds) else sum(map(len, inputs)) / CHARACTERS_A_TOKEN
+        if isinstance(inputs, ClientIds):
+            tokens = float(np.minimum(inputs.lengths, max_tokens).sum())
+        else:
+            tokens = sum(min(len(text) / CHARACTERS_A_TOKEN, max_tokens) for text in inputs)
         queue = self._short if tokens <= max_tokens else self._long
         wait_s = self._tokenizing.wait_s + queue.wait_s
         left_s = max(0.0, deadline - time.monotonic())
@@ -214,10 +225,7 @@ class Pipeline:
                 "input",
             )
         if tokenized.packed.tokens > self._max_request_tokens:
-            raise TooManyTokens(
-                f"Requested {tokenized.packed.tokens} tokens, max {self._max_request_tokens} tokens per request",
-                "input",
-            )
+            raise TooManyTokens(tokenized.packed.tokens, self._max_request_tokens)
 
     async def _tokenize(
         self, texts: Sequence[str], described: Described, deadline: float, is_gone: Callable[[], bool]

@@ -98,7 +98,8 @@ class Settings(Frozen):
     max_body_bytes: int = Field(
         default=16 << 20,
         ge=1024,
-        description="Largest request body. 300,000 tokens of English are about 1.5 MB, so 16 MiB refuse only slips.",
+        description="Largest request body, of which each ingress holds at most 16 at once. 300,000 tokens of English "
+        "are about 1.5 MB, so 16 MiB refuse only slips.",
     )
     request_timeout_s: float = Field(
         default=60.0,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from serve_app.errors import InvalidInput
+from serve_app.errors import InvalidInput, TooManyTokens
 from serve_app.packing import ClientIds, Float32
 
 
@@ -29,8 +29,11 @@ class EmbeddingRequest:
     refuse_truncation: bool
 
 
-def parse(body: bytes, max_inputs: int) -> EmbeddingRequest:
-    """Read a request body; raises InvalidInput that names the field, the limit and the value."""
+def parse(body: bytes, max_inputs: int, max_tokens: int) -> EmbeddingRequest:
+    """Read a request body; raises InvalidInput that names the field, the limit and the value.
+
+    `max_tokens`: that may be sent as ids, before any of them are looked at or cut.
+    """
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -54,7 +57,7 @@ def parse(body: bytes, max_inputs: int) -> EmbeddingRequest:
         raise InvalidInput(f"'truncate' must be 'end' or 'error', not {shown}.", "truncate")
     return EmbeddingRequest(
         model=model,
-        inputs=_inputs(fields.get("input"), max_inputs),
+        inputs=_inputs(fields.get("input"), max_inputs, max_tokens),
         encoding=encoding or "float",
         dimensions=dimensions,
         refuse_truncation=truncate == "error",
@@ -70,7 +73,7 @@ def parse_deadline(value: str | None) -> float:
     return int(value[:20]) / 1e3
 
 
-def _inputs(value: Any, max_inputs: int) -> Sequence[str] | ClientIds:
+def _inputs(value: Any, max_inputs: int, max_tokens: int) -> Sequence[str] | ClientIds:
     if isinstance(value, str):
         return _texts([value])
     if not isinstance(value, list):
@@ -79,7 +82,7 @@ def _inputs(value: Any, max_inputs: int) -> Sequence[str] | ClientIds:
         raise InvalidInput("'input' is an empty array; it must hold at least 1 input.", "input")
     kinds = set(map(type, value))  # exact types: a bool is an int to isinstance
     if kinds == {int}:
-        return _ids([value])
+        return _ids([value], max_tokens)
     if len(value) > max_inputs:
         raise InvalidInput(
             f"'input' holds {len(value)} inputs; at most {max_inputs} are allowed in a request.", "input"
@@ -87,7 +90,7 @@ def _inputs(value: Any, max_inputs: int) -> Sequence[str] | ClientIds:
     if kinds == {str}:
         return _texts(value)
     if kinds == {list}:
-        return _ids(value)
+        return _ids(value, max_tokens)
     named = " and ".join(sorted(_kind(item) for item in {type(item): item for item in value}.values()))
     raise InvalidInput(
         f"'input' must hold only strings, only token ids or only arrays of them; it holds {named}.", "input"
@@ -102,7 +105,9 @@ def _texts(texts: list[str]) -> list[str]:
     return texts
 
 
-def _ids(rows: list[list[int]]) -> ClientIds:
+def _ids(rows: list[list[int]], max_tokens: int) -> ClientIds:
+    if (tokens := sum(map(len, rows))) > max_tokens:
+        raise TooManyTokens(tokens, max_tokens)
     if [] in rows:
         raise InvalidInput(f"Input {rows.index([])} is an empty array; it must hold at least 1 token id.", "input")
     wrong = [item for item in chain.from_iterable(rows) if type(item) is not int]
@@ -110,7 +115,7 @@ def _ids(rows: list[list[int]]) -> ClientIds:
         raise InvalidInput(f"An array of token ids must hold only whole numbers; one holds {_kind(wrong[0])}.", "input")
     lengths = np.fromiter(map(len, rows), np.int32, len(rows))
     try:
-        return ClientIds(np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())), lengths)
+        return ClientIds(np.fromiter(chain.from_iterable(rows), np.int64, tokens), lengths)
     except OverflowError:
         largest = max(chain.from_iterable(rows))
         raise InvalidInput(f"Token id {largest} is not in any vocabulary.", "input") from None
@@ -129,15 +134,19 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names[type(value)]
 
 
+def check_dimensions(dimensions: int | None, most: int) -> None:
+    """Raises InvalidInput if more are asked for than the model has."""
+    if dimensions is not None and dimensions > most:
+        raise InvalidInput(f"'dimensions' is {dimensions}; this model has {most}.", "dimensions")
+
+
 def cut(vectors: Float32, dimensions: int | None, normalize: bool) -> Float32:
     """Keep the first `dimensions` of each vector and, as OpenAI does, scale what is left to length 1 again.
 
-    vectors float32 [B, D] -> [B, dimensions]; raises InvalidInput if the model has fewer.
+    vectors float32 [B, D] -> [B, dimensions], of which there are no more than D.
     """
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
-    if dimensions > vectors.shape[1]:
-        raise InvalidInput(f"'dimensions' is {dimensions}; this model has {vectors.shape[1]}.", "dimensions")
     kept = vectors[:, :dimensions]
     if normalize:
         kept = kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)

@@ -28,10 +28,11 @@ def every_class(base: type[EmbeddingError] = EmbeddingError) -> Iterator[type[Em
 def example(kind: type[EmbeddingError]) -> EmbeddingError:
     extra: dict[type[EmbeddingError], tuple[object, ...]] = {
         InvalidInput: ("input",),
-        TooManyTokens: ("input",),
         Unauthenticated: (True,),
         Overloaded: (2.5,),
     }
+    if kind is TooManyTokens:
+        return TooManyTokens(30, 29)
     return kind("what went wrong", *extra.get(kind, ()))
 
 
@@ -40,7 +41,7 @@ def test_every_error_survives_pickling_with_type_message_and_fields(kind: type[E
     error = example(kind)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
-    assert str(copy) == "what went wrong"
+    assert str(copy) == str(error) != ""
     assert vars(copy) == vars(error)
 
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from serve_app import keys as key_files
+from serve_app.bodies import LARGEST_AT_ONCE
 from serve_app.catalog import Catalog
 from serve_app.errors import (
     DeadlineExceeded,
@@ -164,6 +165,39 @@ async def test_a_declared_length_over_the_limit_is_refused_before_the_body_is_re
         headers = {"content-type": "application/json", "content-length": "2049"}
         answer = await http.post("/v1/embeddings", content=unread(), headers=headers)
     assert answer.status_code == 413
+
+
+async def test_bodies_have_a_limit_together_until_they_are_answered() -> None:
+    gate, sent = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield (b'{"model": "Mihaiii/Ivysaur", "input": "x"}').ljust(2048 - 1)
+        sent.release()
+        await gate.wait()
+        yield b" "
+
+    json = {"content-type": "application/json"}
+    async with await client(HandStages(), max_body_bytes=2048) as http:
+        asking = [
+            asyncio.create_task(http.post("/v1/embeddings", content=slow(), headers=json))
+            for _ in range(LARGEST_AT_ONCE)
+        ]
+        for _ in asking:
+            await sent.acquire()
+        refused = await http.post("/v1/embeddings", json={"model": MODEL, "input": "one more"})
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "5"
+        assert f"the limit is {2048 * LARGEST_AT_ONCE}" in str(error_of(refused)["message"])
+        gate.set()
+        assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200] * LARGEST_AT_ONCE
+        assert (await http.post("/v1/embeddings", json={"model": MODEL, "input": "after"})).status_code == 200
+
+
+async def test_more_dimensions_than_there_are_are_refused_before_any_work() -> None:
+    stages = HandStages()
+    async with await client(stages) as http:
+        answer = await http.post("/v1/embeddings", json={"model": MODEL, "input": "x", "dimensions": 5})
+    assert answer.status_code == 400 and error_of(answer)["param"] == "dimensions"
+    assert stages.tokens_by_call == []
 
 
 async def test_models_are_described_under_names_with_a_slash_plain_and_escaped() -> None:

@@ -12,8 +12,8 @@ PACKAGE = Path(serve_app.__file__).parent
 ORDER = (
     "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
     "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "words",
-    "tokens", "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "http", "leash",
-    "haproxy", "replicas", "deployments", "session", "__main__",
+    "tokens", "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "bodies", "http",
+    "leash", "haproxy", "replicas", "deployments", "session", "__main__",
 )  # fmt: skip
 HOMES = {
     "ray": {"deployments", "haproxy", "replicas"},

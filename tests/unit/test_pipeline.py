@@ -13,7 +13,7 @@ from serve_app.errors import EngineError, InvalidInput, ModelNotFound, ModelUnav
 from serve_app.packing import ClientIds, Packed
 from serve_app.pipeline import MAX_HELD_TOKENS, NEW_CHARACTERS, SHORT_CHARACTERS, Answer, Pipeline
 from serve_app.settings import ModelSettings
-from tests.hand import HandStages, vector
+from tests.hand import FRAME, HandStages, served, vector
 from tests.model import MODEL as STAND_IN
 
 FAR = time.monotonic() + 3600
@@ -142,7 +142,7 @@ async def test_ids_of_one_tokenizer_are_never_computed_by_the_model_of_another()
 async def test_a_text_that_only_tries_it_out_is_not_counted_as_work() -> None:
     stages = HandStages()
     shared = pipeline(stages)
-    await shared.try_out(FAR)
+    await asyncio.gather(*(shared.try_out() for _ in range(9)))  # who ask at once share
     assert stages.tokens_by_call == [len("ready?") + 2]
     assert [sum(queue.asked_cost for queue in queues) for queues in shared.queues] == [0, 0]
     await shared.embed(["four"], FAR)
@@ -189,7 +189,8 @@ async def test_every_name_finds_its_model_and_only_served_ones_are_listed(monkey
     models = catalog(HandStages(), HandStages("other/model"))
     await models.pipelines[0].discover(FAR)
     assert [name for name, _, _ in models.served()] == ["Mihaiii/Ivysaur", "ivy"]
-    assert await models.find("ivy", FAR) is await models.find("Mihaiii/Ivysaur", FAR) is models.pipelines[0]
+    for name in ("ivy", "Mihaiii/Ivysaur"):
+        assert await models.find(name, FAR) == (models.pipelines[0], models.pipelines[0].served)
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
         await models.find("other/model", FAR)
     with pytest.raises(
@@ -202,7 +203,7 @@ async def test_a_stand_in_answers_to_its_own_name_alone() -> None:
     models = catalog(HandStages(STAND_IN))
     await models.pipelines[0].discover(FAR)
     assert [name for name, _, _ in models.served()] == [STAND_IN]
-    assert await models.find(STAND_IN, FAR) is models.pipelines[0]
+    assert await models.find(STAND_IN, FAR) == (models.pipelines[0], served(STAND_IN))
     for name in ("Mihaiii/Ivysaur", "ivy"):
         with pytest.raises(ModelNotFound, match=r"all-MiniLM-L6-v2` was loaded in its place .* .setting `sources`"):
             await models.find(name, FAR)
@@ -218,14 +219,14 @@ async def test_who_asks_before_the_replicas_have_spoken_waits_for_their_first_wo
     assert not any(task.done() for task in (*asking, listing))
     await models.pipelines[0].discover(FAR)
     found, stood_in = await asyncio.gather(*asking, return_exceptions=True)
-    assert found is models.pipelines[0] and isinstance(stood_in, ModelNotFound)
+    assert found == (models.pipelines[0], served(STAND_IN)) and isinstance(stood_in, ModelNotFound)
     assert [name for name, _, _ in await listing] == [STAND_IN]
 
 
 async def test_nobody_waits_for_another_models_first_word_or_past_the_deadline() -> None:
     models = catalog(HandStages(), HandStages("other/model"))
     await models.pipelines[0].discover(FAR)
-    assert await models.find("ivy", FAR) is models.pipelines[0]
+    assert (await models.find("ivy", FAR))[0] is models.pipelines[0]
     started = time.monotonic()
     with pytest.raises(ModelUnavailable, match="`other/model` is loading"):
         await models.find("other/model", started + 0.3)
@@ -254,6 +255,13 @@ async def test_what_would_come_too_late_is_refused_before_any_work_and_says_when
     await shared.embed(["in time"], time.monotonic() + 14)
 
 
+def one_by_one(texts: list[str]) -> ClientIds:
+    """Texts as the ids of their characters."""
+    return ClientIds(
+        np.array([ord(each) for text in texts for each in text], np.int64), np.array(list(map(len, texts)))
+    )
+
+
 async def test_a_long_list_that_waits_refuses_no_short_text() -> None:
     stages = HandStages()
     stages.tokens_per_s = 100.0
@@ -262,8 +270,22 @@ async def test_a_long_list_that_waits_refuses_no_short_text() -> None:
     held(shared, 10_000, 100.0, bulk=True)
     soon = time.monotonic() + 5
     await shared.embed(["short"], soon)
+    for sent in (["x" * 70] * 10, one_by_one(["x" * 17] * 2)):
+        with pytest.raises(Overloaded):
+            await shared.embed(sent, soon)
+
+
+@pytest.mark.parametrize("sent", [["x" * 1000], one_by_one(["x" * 1000])], ids=["text", "ids"])
+async def test_a_single_text_is_short_however_much_of_it_will_be_cut(sent: list[str] | ClientIds) -> None:
+    stages = HandStages()
+    stages.tokens_per_s = 100.0
+    shared = pipeline(stages)
+    await shared.embed(["first"], FAR)
+    held(shared, 10_000, 100.0, bulk=True)
+    assert (await shared.embed(sent, time.monotonic() + 5)).tokens == FRAME.max_tokens
+    held(shared, 10_000, 100.0)
     with pytest.raises(Overloaded):
-        await shared.embed(["x" * 70] * 10, soon)
+        await shared.embed(sent, time.monotonic() + 5)
 
 
 async def test_what_is_held_is_bounded_while_nobody_knows_how_long_it_takes() -> None:

@@ -142,7 +142,7 @@ async def test_a_request_waits_for_a_model_that_sleeps_and_is_answered_when_it_w
     service.models.asleep = True
     assert (await service.pipeline.discover(soon())).models == 0
     assert service.pipeline.is_asleep
-    await service.pipeline.try_out(soon())  # wakes nothing, and waits for nothing
+    await service.pipeline.try_out()  # wakes nothing, and waits for nothing
 
     _, (inferring, _) = service.pipeline.queues
     asking = asyncio.create_task(service.pipeline.embed(["during"], soon()))

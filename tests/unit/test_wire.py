@@ -9,14 +9,14 @@ import pytest
 from openai.types import CreateEmbeddingResponse
 
 from serve_app import wire
-from serve_app.errors import InvalidInput
+from serve_app.errors import InvalidInput, TooManyTokens
 from serve_app.packing import ClientIds
 
 MANY = 2048
 
 
-def parse(max_inputs: int = MANY, **fields: object) -> wire.EmbeddingRequest:
-    return wire.parse(json.dumps({"model": "m", "input": "text", **fields}).encode(), max_inputs)
+def parse(max_inputs: int = MANY, max_tokens: int = 10_000, **fields: object) -> wire.EmbeddingRequest:
+    return wire.parse(json.dumps({"model": "m", "input": "text", **fields}).encode(), max_inputs, max_tokens)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,14 @@ def test_the_limit_on_inputs_at_its_edges(item: object) -> None:
         parse(input=[item] * 4, max_inputs=3)
 
 
+@pytest.mark.parametrize("rows", [[1] * 30, [[1] * 10] * 3])
+def test_the_limit_on_token_ids_at_its_edges(rows: object) -> None:
+    assert parse(input=rows, max_tokens=30)
+    with pytest.raises(TooManyTokens, match="Requested 30 tokens, max 29 tokens per request") as refused:
+        parse(input=rows, max_tokens=29)
+    assert refused.value.param == "input"
+
+
 def test_one_array_of_many_token_ids_is_one_input() -> None:
     assert parse(input=[1] * 3000, max_inputs=1)
 
@@ -136,7 +144,7 @@ def test_fields_that_are_refused(field: str, value: object, message: str) -> Non
 )
 def test_bodies_that_are_refused(body: bytes, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        wire.parse(body, MANY)
+        wire.parse(body, MANY, MANY)
 
 
 def test_null_is_as_good_as_absent_and_unknown_fields_are_ignored() -> None:
@@ -180,9 +188,14 @@ def test_cut_leaves_lengths_alone_where_vectors_are_not_normalised() -> None:
     assert wire.cut(VECTORS, 2, normalize=False).tolist() == VECTORS[:, :2].tolist()
 
 
-def test_cut_refuses_more_dimensions_than_there_are() -> None:
+@pytest.mark.parametrize("dimensions", [None, 1, 3])
+def test_so_many_dimensions_can_be_had(dimensions: int | None) -> None:
+    wire.check_dimensions(dimensions, 3)
+
+
+def test_more_dimensions_than_there_are_are_refused() -> None:
     with pytest.raises(InvalidInput, match="'dimensions' is 4; this model has 3") as refused:
-        wire.cut(VECTORS, 4, normalize=True)
+        wire.check_dimensions(4, 3)
     assert refused.value.param == "dimensions"
 
 

@@ -46,6 +46,7 @@ Queue = Scheduler[Packed, Embedded]
 
 # After so long without a batch a brief one need not leave the loop free for others: only one caller asks.
 LULL_S = 0.001
+DRAIN_MARGIN_S = 10.0  # of an ingress that is to go, for what comes until HAProxy knows
 ENGINE_STALL_S = 30.0  # at one batch, which is some hundred milliseconds of work: the engine hangs
 # Characters that are tokenized in under a millisecond, which is not worth a thread; and those of one text at most.
 INLINE_CHARACTERS, TEXT_CHARACTERS = 2_000, 8_192
@@ -274,4 +275,6 @@ def build(settings: Settings) -> serve.Application:
         )
         for each in settings.models
     ]
-    return ingress.bind(settings, handles)
+    # A replica that is to go answers what it has, however long that may take; Serve would end it after 20 s.
+    patient = ingress.options(graceful_shutdown_timeout_s=settings.request_timeout_s + DRAIN_MARGIN_S)
+    return patient.bind(settings, handles)

@@ -21,6 +21,9 @@ pytestmark = pytest.mark.service
 
 CLIENTS = 4
 TEXTS = ["red shoes", "how long does red wine keep in the fridge", "tax return"]
+# 101,000 tokens, almost a minute of both models; in one body that HAProxy can't send to another replica.
+LONG_LIST = ["red shoes " * 100] * 500
+REQUEST_TIMEOUT_S = 150.0
 UPDATE_TIMEOUT_S = 180.0
 DASHBOARD = "http://127.0.0.1:8265"
 LOG_PORT = free_port()  # where HAProxy sends its log, which tells whose a failure was
@@ -31,6 +34,7 @@ def two_of_each(config: dict[str, Any]) -> None:
     computing, so that there is a core for those that start."""
     [application] = config["applications"]
     application["args"]["models"] = [{"id": "Mihaiii/Ivysaur", "sources": ["embedded"], "engine": "sleep"}]
+    application["args"]["request_timeout_s"] = REQUEST_TIMEOUT_S
     for deployment in application["deployments"]:
         del deployment["autoscaling_config"]
         deployment |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}
@@ -101,18 +105,25 @@ async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
             while (now := await state())[0] == before or now[1] != "RUNNING":  # noqa: ASYNC110  # asks a process
                 await asyncio.sleep(0.5)
 
-    headers, limits = {"authorization": f"Bearer {token}"}, httpx.Limits(max_connections=CLIENTS)
+    headers, limits = {"authorization": f"Bearer {token}"}, httpx.Limits(max_connections=CLIENTS + 1)
     async with (
         httpx.AsyncClient(base_url=DASHBOARD, timeout=70, headers=headers) as dashboard,
-        httpx.AsyncClient(base_url=service.url, timeout=70, limits=limits) as http,
+        httpx.AsyncClient(base_url=service.url, timeout=REQUEST_TIMEOUT_S, limits=limits) as http,
         asyncio.TaskGroup() as load,
     ):
         for _ in range(CLIENTS):
             load.create_task(ask(http))
         for change in (other_settings, other_code, other_model):
             known = len(answers)
+            if change is other_code:  # replaces every replica, also the ingress that is at this
+                long = asyncio.create_task(http.post("/v1/embeddings", json={"model": MODEL, "input": LONG_LIST}))
             await update(dashboard, change)
             assert len(answers) > known, "nobody asked meanwhile"
+            if change is other_code:
+                answer = await long
+                assert answer.status_code == 200, answer.text
+                assert answer.elapsed.total_seconds() > 40, "it was not under way for longer than Serve's own patience"
+                assert len(answer.json()["data"]) == len(LONG_LIST)
         async with asyncio.timeout(UPDATE_TIMEOUT_S):  # until the ingress has heard of it
             while answers[-1].headers["x-model-fingerprint"] == answers[0].headers["x-model-fingerprint"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)

@@ -140,7 +140,7 @@ def check(config: Path) -> Checked:
             f"port {port} on {host} can't be used ({reason}): stop what holds it, or set http_options.port in {config}."
         )
     runtime = (document.get("controller_options") or {}).get("runtime_env") or {}
-    environment = (runtime.get("env_vars") or {}) | os.environ
+    environment = os.environ | (runtime.get("env_vars") or {})
     for name, default in HAPROXY_PORTS.items():
         number = int(environment.get(name, default))
         if environment.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and (reason := _taken("0.0.0.0", number)):

@@ -90,8 +90,6 @@ class RemoteStages:
         await asyncio.gather(*updates)
         if self._digest != served.tokenizer:
             self._digest, self._tokenizer = await self._tokenizers.call("hand_over", None, 0, deadline)
-            if self._digest != served.tokenizer:
-                raise ModelUnavailable(f"The replicas of `{self._name}` are changing to another model; try again.")
         tokens_per_s = sum(rate for _, _, rate in chosen)
         self._described = Described(
             served, self._tokenizer.frame, len(fitting), len(chosen), tokens_per_s, self._tokenizer.tokenize_known

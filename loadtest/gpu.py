@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loadtest.workload import WORDS
+from loadtest.weights import FOUND
+from loadtest.workload import MODEL, WORDS
 from serve_app.engines import self_test
 from serve_app.engines.bert import Bert, load
 from serve_app.engines.torch import TorchEngine
 from serve_app.packing import Int32
 from serve_app.tokens import Tokenizer
-from tests.model import FOLDER, MODEL
 
 # Before each measurement for this share of its time: caches fill, clocks rise, memory is allocated.
 WARM_UP_SHARE = 0.2
@@ -290,12 +290,12 @@ def report(options: argparse.Namespace, command: str) -> None:
     """Print the whole of it, each line as soon as it is known: what breaks off late has not lost what came before."""
     say = partial(print, flush=True)
     seconds, cores = options.seconds, os.cpu_count() or 1
-    bert = load(FOLDER, "mean", normalize=True)
+    bert = load(FOUND.folder, "mean", normalize=True)
     engine = TorchEngine(bert, "auto", cores)
     cosine = self_test(engine, bert)  # speed counts only where the vectors are right
     max_tokens = len(bert.positions)
-    tokenizer = Tokenizer(FOLDER, max_tokens, lowercase=False)
-    peer = open_peer(FOLDER, engine, max_tokens)
+    tokenizer = Tokenizer(FOUND.folder, max_tokens, lowercase=False)
+    peer = open_peer(FOUND.folder, engine, max_tokens)
 
     on_gpu = options.device == "cuda"
     size, copy_bytes = (8192, 1 << 30) if on_gpu else (2048, 1 << 28)

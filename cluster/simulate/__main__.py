@@ -6,7 +6,8 @@
     measure   one load against every application of a running service, and the first one's simulated: how far off?
     capacity  replicas that 1k, 10k, 100k and 1M short queries a second need
 
-The policy is serve_app's own, with the parameters, bounds and delays of serve_config.yaml unless options say otherwise.
+The policy is serve_app's own, with the parameters, bounds and delays of serve_config.yaml unless options say otherwise;
+but up to 20 replicas, so that it is the policy that is seen and not its bound.
 """
 
 import argparse
@@ -130,6 +131,8 @@ def _measure(
     for outcome in outcomes:
         starts = [f"{start_s:.1f}" for start_s in sorted(outcome.start_s)]
         print(f"{outcome.run.name}: {len(outcome.failures)} requests failed; starts took {', '.join(starts) or '-'} s")
+        if outcome.unseen:
+            print(f"  the dashboard did not tell the replicas {len(outcome.unseen)} times, last: {outcome.unseen[-1]}")
         for failure in outcome.failures[:5]:
             print(f"  {failure}")
     measured = outcomes[0]

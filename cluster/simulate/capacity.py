@@ -21,7 +21,7 @@ def replicas(requests_per_s: float, tokens: float, rates: Rates, target_utilizat
     """Replicas that carry the load at the utilization that is planned for.
 
     >>> replicas(1000, 11, Rates(), 0.7)
-    {'ingress': 2, 'tokenizer': 1, 'cpu model': 1, 'gpu model': 1}
+    {'ingress': 2, 'tokenizer': 1, 'cpu model': 2, 'gpu model': 1}
     """
 
     def needed(work: float, rate: float) -> int:

@@ -1,7 +1,9 @@
 """The same load against a running service: each request at its time, and the replicas as Serve's own API tells them."""
 
 import asyncio
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,7 @@ class Outcome:
     run: Run
     failures: list[str]
     start_s: list[float]  # of each replica, from Serve's decision until it runs
+    unseen: list[str]  # why the replicas could not be seen, each time that they could not
 
 
 @dataclass
@@ -58,8 +61,23 @@ class _Watch:
 
 
 async def _applications(http: httpx.AsyncClient, dashboard: str) -> dict[str, Any]:
-    applications: dict[str, Any] = (await http.get(f"{dashboard}/api/serve/applications/")).json()["applications"]
+    token = os.environ.get(
+        "RAY_AUTH_TOKEN"
+    )  # which `make serve` and every cluster want; `ray get-auth-token` prints it
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    answer = await http.get(f"{dashboard}/api/serve/applications/", headers=headers)
+    applications: dict[str, Any] = answer.raise_for_status().json()["applications"]
     return applications
+
+
+def texts(tokens: int, most: int) -> list[str]:
+    """Texts of so many tokens together, each of at most `most`.
+
+    >>> [len(text.split()) for text in texts(30, 12)]  # and 2 each for its start and end
+    [8, 8, 8]
+    """
+    count = -(-tokens // most)
+    return [" ".join([WORD] * (tokens // count + (number < tokens % count) - 2)) for number in range(count)]
 
 
 async def drive(url: str, dashboard: str, arrivals: Arrivals, rate: float) -> list[Outcome]:
@@ -78,16 +96,18 @@ async def _drive(url: str, watch: _Watch, other: httpx.AsyncClient, arrivals: Ar
     """Send each request when it is due, whatever became of those before, and watch on for a while after the last."""
     latency_s = np.full(len(arrivals), np.nan)
     failures: list[str] = []
+    unseen: list[str] = []
     waiting = 0
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, limits=limits) as http:
-        model = (await http.get(f"{url}/v1/models")).json()["data"][0]["id"]
+        model = (await http.get(f"{url}/v1/models")).raise_for_status().json()["data"][0]
         begun = time.monotonic()
 
         async def ask(number: int) -> None:
             nonlocal waiting
             tokens = int(arrivals.tokens[number])
-            body = {"model": model, "input": " ".join([WORD] * (tokens - 2)), "encoding_format": "base64"}
+            sent = texts(tokens, model["max_tokens"])
+            body = {"model": model["id"], "input": sent, "encoding_format": "base64"}
             waiting += tokens
             try:
                 answer = await http.post(f"{url}/v1/embeddings", json=body)
@@ -100,7 +120,10 @@ async def _drive(url: str, watch: _Watch, other: httpx.AsyncClient, arrivals: Ar
 
         async def look_on() -> None:
             while True:
-                await watch.look(other, time.monotonic() - begun, waiting)
+                try:
+                    await watch.look(other, time.monotonic() - begun, waiting)
+                except httpx.HTTPError as error:
+                    unseen.append(repr(error))
                 await asyncio.sleep(WATCH_PERIOD_S)
 
         watching = asyncio.create_task(look_on())
@@ -110,6 +133,8 @@ async def _drive(url: str, watch: _Watch, other: httpx.AsyncClient, arrivals: Ar
                 asking.create_task(ask(number))
         await asyncio.sleep(max(0.0, begun + float(arrivals.at_s[-1]) + TAIL_S - time.monotonic()))
         watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
         end_s = time.monotonic() - begun
     run = Run(watch.application, arrivals, latency_s, watch.timeline, watch.replica_s(end_s), rate)
-    return Outcome(run, failures, watch.start_s())
+    return Outcome(run, failures, watch.start_s(), unseen)

@@ -179,7 +179,8 @@ def test_the_network_is_open_where_it_must_be_and_nowhere_else() -> None:
     for pod in PODS:
         assert policy["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     ours: dict[str, str] = PODS[0]["metadata"]["labels"]
-    operator, prometheus = ({"app.kubernetes.io/name": name} for name in ("kuberay-operator", "prometheus"))
+    operator = {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"}
+    prometheus = {"app.kubernetes.io/name": "prometheus"}
     http: int = CONFIG["http_options"]["port"]
     ports = {
         port["name"]: port["containerPort"] for port in GROUPS["cpu"]["template"]["spec"]["containers"][0]["ports"]

@@ -186,6 +186,23 @@ for arguments in json.loads(sys.argv[1]):
     assert ran.stdout.splitlines()[0] == str(workers["spec"]["replicas"])
 
 
+def test_the_manifest_says_how_to_make_the_secret_that_it_reads() -> None:
+    manifest = (PACKAGE.parent / "kubernetes.yaml").read_text()
+    _, job, _ = yaml.safe_load_all(manifest)
+    wanted = {
+        each["name"]: each["valueFrom"]["secretKeyRef"]
+        for each in job["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    # The service wants a key, and Ray's dashboard a token; without them there are no answers and no replicas.
+    assert wanted == {
+        "OPENAI_API_KEY": {"name": "load", "key": "key"},
+        "RAY_AUTH_TOKEN": {"name": "load", "key": "token"},
+    }
+    assert (
+        "create secret generic load --namespace embeddings --from-literal=key=sk-... --from-literal=token=" in manifest
+    )
+
+
 def test_the_image_has_all_that_the_load_imports() -> None:
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["load"]
     named = {re.split(r"[=><]", requirement)[0] for requirement in extra} | {"loadtest", "gevent"}  # Locust's own

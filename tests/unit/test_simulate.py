@@ -1,5 +1,6 @@
 """The simulator's laws: no request is lost, work is conserved, the same seed gives the same run; and times by hand."""
 
+import doctest
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from ray.serve.config import AutoscalingConfig
 
 from cluster.serves_default import serves_default
+from cluster.simulate import capacity, real
 from cluster.simulate.arrivals import Arrivals, arrivals, recorded, shapes
 from cluster.simulate.controller import Timeline
 from cluster.simulate.replay import Run, configured, replay
@@ -29,6 +31,12 @@ SCALING = AutoscalingConfig(
     upscale_delay_s=0,
     downscale_delay_s=30,
 )
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    for module in (capacity, real):
+        ran = doctest.testmod(module)
+        assert ran.attempted > 0 and ran.failed == 0
 
 
 def at(*requests: tuple[float, int]) -> Arrivals:

@@ -26,8 +26,11 @@ Draw = Callable[[int], list[str]]
 def vocabularies(source: random.Random) -> dict[str, Draw]:
     """Name -> what draws so many words."""
     by_id: dict[str, int] = json.loads((FOUND.folder / "tokenizer.json").read_text())["model"]["vocab"]
-    # BERT's vocabulary has its words in the order of how often English has them, which is all that Zipf's law needs.
-    words = [word for word in sorted(by_id, key=by_id.__getitem__) if word.isascii() and word.isalpha()]
+    # BERT's vocabulary has its words, after single letters, in the order of how often English has them, which is all
+    # that Zipf's law needs.
+    words = [
+        word for word in sorted(by_id, key=by_id.__getitem__) if word.isascii() and word.isalpha() and len(word) > 1
+    ]
     shares = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
 
     def english(count: int) -> list[str]:

@@ -7,9 +7,11 @@ from starlette.requests import Request
 
 from serve_app.errors import Overloaded
 
-# Of the largest bodies that are allowed, so many may be held at once: 256 MiB by default, and as much again for what is
-# read from them. Bodies under 64 KiB, as nearly all are, never get there: Serve passes on 4,096 requests at once.
+# Of the largest bodies that are allowed, so many may be held at once: 256 MiB by default.
 LARGEST_AT_ONCE = 16
+# What is never refused for what others hold, so that who sends large bodies slowly keeps no short query out. There are
+# few enough: Serve passes on 4,096 requests at once.
+SMALL_BYTES = 65_536
 RETRY_S = 5.0
 
 
@@ -53,7 +55,7 @@ class Body:
             self._size_bytes += len(chunk)
             self._bodies.held_bytes += len(chunk)
             self._hold_limit(self._size_bytes)
-            if self._bodies.held_bytes > most_bytes:
+            if self._bodies.held_bytes > most_bytes and self._size_bytes > SMALL_BYTES:
                 raise Overloaded(
                     f"The requests in hand have {self._bodies.held_bytes} bytes, the limit is {most_bytes}; try again "
                     "later.",

@@ -1,8 +1,9 @@
 """Token ids of the words that were met before, so that a text is looked up word by word instead of tokenized anew."""
 
+import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, filterfalse, islice
+from collections.abc import Callable, Sequence
+from itertools import chain, filterfalse
 
 # BERT's words: letters and digits in a row, and each mark of punctuation for itself (`BertPreTokenizer` of the
 # `tokenizers` library). Of the characters in plain text all others only separate them. Those of other texts may be
@@ -13,7 +14,7 @@ NOT_PLAIN = re.compile(rf"[^\t\n\r -~{TYPOGRAPHIC}]")
 # At some 200 bytes each, at most 400. 418,000 words of English manuals had 18,000 different ones.
 MOST_WORDS = 65_536
 LONGEST_WORD, MOST_IDS = 32, 4
-LEARNT_AT_ONCE = 32
+LEARNT_AT_ONCE = 16
 
 
 class Words(dict[str, list[int]]):
@@ -43,15 +44,14 @@ class Words(dict[str, list[int]]):
 
     def new_characters(self, words: Sequence[str]) -> int:
         """How many characters the tokenizer would be asked for."""
-        return sum(map(len, self._new(words)))
+        return sum(map(len, filterfalse(self.__contains__, words)))
 
     def learn(self, words: Sequence[str]) -> None:
-        """Ask the tokenizer for some of those that are new, which takes a tenth of a millisecond."""
-        for word in islice(self._new(words), LEARNT_AT_ONCE):
+        """Ask the tokenizer for some of those that are new, which takes 0.1 ms, or 0.6 of odd ones."""
+        new = [word for word in dict.fromkeys(words) if word not in self and len(word) <= LONGEST_WORD]
+        # Not always the first: those that turn out to have too many ids are not kept, and would keep the others away.
+        for word in random.sample(new, min(LEARNT_AT_ONCE, len(new))):
             self.__missing__(word)
-
-    def _new(self, words: Sequence[str]) -> Iterator[str]:
-        return filterfalse(self.__contains__, dict.fromkeys(words))
 
     def ids(self, words: Sequence[str]) -> list[int]:
         """The ids of all of the words, without start and end token."""

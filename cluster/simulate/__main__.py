@@ -136,6 +136,8 @@ def _measure(
         for failure in outcome.failures[:5]:
             print(f"  {failure}")
     measured = outcomes[0]
+    if not measured.run.timeline.running:
+        raise SystemExit(f"simulate: the dashboard never told the replicas: {measured.unseen[-1]}")
     start_s = statistics.median(measured.start_s) if measured.start_s else costs.start_s
     simulated = replay("simulated", load, replace(costs, start_s=start_s), DrainTime(**kwargs), scaling, options.seed)
     for share in (50, 99):

@@ -122,7 +122,11 @@ async def _drive(url: str, watch: _Watch, other: httpx.AsyncClient, arrivals: Ar
             while True:
                 try:
                     await watch.look(other, time.monotonic() - begun, waiting)
-                except httpx.HTTPError as error:
+                except (
+                    httpx.HTTPError,
+                    KeyError,
+                    ValueError,
+                ) as error:  # gone for a while, or not the dashboard's answer
                     unseen.append(repr(error))
                 await asyncio.sleep(WATCH_PERIOD_S)
 

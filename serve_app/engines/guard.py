@@ -52,7 +52,7 @@ class Guard:
             if np.isfinite(vectors).all():
                 return vectors
         except MemoryError:
-            if packed.rows > 1:
+            if packed.lengths.max() <= packed.tokens // 2:  # else it may be one text alone that is too long
                 self._most_tokens = min(self.most_tokens or packed.tokens, packed.tokens // 2)
                 self._short_at = self._clock()
             fault = f"memory is too small for a batch of {packed.tokens} tokens"

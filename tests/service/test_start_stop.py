@@ -184,8 +184,8 @@ def test_a_stop_answers_what_was_accepted_and_leaves_nothing_running(service: Se
     started, admin = cluster_of(service)
     with httpx.Client(base_url=service.url) as http, ThreadPoolExecutor(4) as pool:
         assert http.get("/readyz").status_code == 200  # over a connection that stays open, and idle
-        # Each is a second of work or more, so that none is answered before the first look.
-        asked = [pool.submit(ask, service, "how long does red wine keep " * 10, 256) for _ in range(4)]
+        # Each is two seconds of work or more, so that none is answered before the first look.
+        asked = [pool.submit(ask, service, "how long does red wine keep " * 10, 600) for _ in range(4)]
         until(lambda: in_flight(admin) >= len(asked))
         for _ in range(2):  # one for the group, which `make` hands on once more
             service.process.send_signal(signal.SIGTERM)

@@ -111,7 +111,6 @@ def test_batches_are_whole_again_once_memory_was_short_for_long_enough() -> None
     engine = HandEngine(is_small)
     guard = Guard(engine, DIMENSIONS, clock=lambda: now)
     guard.embed(texts(*range(1, 9)))
-    guard.embed(texts(1))  # a row of its own says nothing of batches
     most = 1000
     now = SHORT_S - 1
     engine.batches.clear()
@@ -123,13 +122,14 @@ def test_batches_are_whole_again_once_memory_was_short_for_long_enough() -> None
 
 
 def test_a_sequence_that_alone_is_over_the_memory_leaves_batches_as_they_are() -> None:
-    def is_short(packed: Packed) -> None:
-        if packed.rows == 1 and packed.tokens > 3:
+    def is_long(packed: Packed) -> None:
+        if packed.lengths.max() > 8:
             raise MemoryError
 
-    guard = Guard(HandEngine(is_short), DIMENSIONS)
-    guard.embed(Packed(np.full(9, 7, np.int32), np.array([9], np.int32)))
-    assert guard.most_tokens is None
+    guard = Guard(HandEngine(is_long), DIMENSIONS)
+    for lengths in ([9], [3, 9]):
+        guard.embed(Packed(np.full(sum(lengths), 7, np.int32), np.array(lengths, np.int32)))
+        assert guard.most_tokens is None
 
 
 def test_one_sequence_over_the_memory_has_no_vector() -> None:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from serve_app import keys as key_files
-from serve_app.bodies import LARGEST_AT_ONCE
+from serve_app.bodies import LARGEST_AT_ONCE, SMALL_BYTES
 from serve_app.catalog import Catalog
 from serve_app.errors import (
     DeadlineExceeded,
@@ -170,26 +170,32 @@ async def test_a_declared_length_over_the_limit_is_refused_before_the_body_is_re
 async def test_bodies_have_a_limit_together_until_they_are_answered() -> None:
     gate, sent = asyncio.Event(), asyncio.Semaphore(0)
 
+    body = b'{"model": "Mihaiii/Ivysaur", "input": "x"}'
+
     async def slow() -> AsyncIterator[bytes]:
-        yield (b'{"model": "Mihaiii/Ivysaur", "input": "x"}').ljust(2048 - 1)
+        yield body.ljust(limit - 1)
         sent.release()
         await gate.wait()
         yield b" "
 
     json = {"content-type": "application/json"}
-    async with await client(HandStages(), max_body_bytes=2048) as http:
+    limit = 2 * SMALL_BYTES
+    async with await client(HandStages(), max_body_bytes=limit) as http:
         asking = [
             asyncio.create_task(http.post("/v1/embeddings", content=slow(), headers=json))
             for _ in range(LARGEST_AT_ONCE)
         ]
         for _ in asking:
             await sent.acquire()
-        refused = await http.post("/v1/embeddings", json={"model": MODEL, "input": "one more"})
+        refused = await http.post("/v1/embeddings", content=body.ljust(SMALL_BYTES + 1), headers=json)
         assert refused.status_code == 429 and refused.headers["retry-after"] == "5"
-        assert f"the limit is {2048 * LARGEST_AT_ONCE}" in str(error_of(refused)["message"])
+        assert f"the limit is {limit * LARGEST_AT_ONCE}" in str(error_of(refused)["message"])
+        small = await http.post("/v1/embeddings", content=body.ljust(SMALL_BYTES), headers=json)
+        assert small.status_code == 200
         gate.set()
         assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200] * LARGEST_AT_ONCE
-        assert (await http.post("/v1/embeddings", json={"model": MODEL, "input": "after"})).status_code == 200
+        after = await http.post("/v1/embeddings", content=body.ljust(limit), headers=json)
+        assert after.status_code == 200
 
 
 async def test_more_dimensions_than_there_are_are_refused_before_any_work() -> None:

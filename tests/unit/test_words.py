@@ -89,9 +89,21 @@ def test_a_tokenizer_of_another_kind_is_left_to_itself(tmp_path: Path) -> None:
 def test_a_text_with_too_much_that_is_new_is_known_after_some_more_like_it() -> None:
     tokenizer = Tokenizer(FOLDER, 512, lowercase=False)
     text = " ".join(f"{first}{second}" for first in "abcdefgh" for second in "abcdefgh")  # 64 words
-    assert tokenizer.tokenize_known([text], 100) is None
-    assert tokenizer.tokenize_known([text], 100) is not None, "half of it was learnt"
-    assert tokenizer.tokenize_known([f"{text} {text}"] * 9, 0) is not None
+    assert [tokenizer.tokenize_known([text], 0) is None for _ in range(5)] == [True] * 4 + [False], (
+        "a quarter each time"
+    )
+
+
+def test_words_that_can_not_be_kept_keep_no_others_from_being_learnt() -> None:
+    odd, plain = [f"{number}" * MOST_IDS for number in range(1000, 1500)], ["wine"]
+    known = Words(lambda word: [0] * len(word), [])
+    while not known:  # of 501 words sixteen at a time
+        known.learn([*odd, "w" * (LONGEST_WORD + 1), *plain])
+    assert set(known) == {"wine"}
+
+
+def test_a_new_word_counts_each_time_that_it_would_be_asked_for() -> None:
+    assert Words(length_of, []).new_characters(["B07XJ8C8F5"] * 700) == 7_000
 
 
 def test_a_known_word_is_not_tokenized_again() -> None:
@@ -104,7 +116,7 @@ def test_a_known_word_is_not_tokenized_again() -> None:
     known = Words(encode, ["[MASK]"])
     text = known.split("one, two\tone")
     assert text == ["one", ",", "two", "one"]
-    assert known.new_characters(text) == 3 + 1 + 3
+    assert known.new_characters(text) == 3 + 1 + 3 + 3
     assert known.ids(text) == [3, 1, 3, 3] == known.ids(text)
     assert known.new_characters(text) == 0
     assert asked == ["one", ",", "two"]

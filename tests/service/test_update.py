@@ -97,7 +97,8 @@ async def test_updates_under_load(keeper: Keeper, tmp_path: Path) -> None:
     async def update(dashboard: httpx.AsyncClient, change: Callable[[dict[str, Any]], None]) -> None:
         async def state() -> tuple[float, str]:
             found = (await dashboard.get("/api/serve/applications/")).json()["applications"]["embeddings"]
-            for replica in found["deployments"]["Ingress"]["replicas"]:
+            ingress = found["deployments"].get("Ingress", {"replicas": []})  # while it is deployed there are none yet
+            for replica in ingress["replicas"]:
                 if replica["state"] == "STOPPING":
                     stopping.setdefault(replica["replica_id"], []).append(time.monotonic())
             return found["last_deployed_time_s"], found["status"]

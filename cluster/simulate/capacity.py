@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class Rates:
     """What one replica does in a second, as measured.
 
-    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself. An H100 embeds 2.6 million
+    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself: of older code and few at once,
+    so on the safe side. An H100 embeds 2.6 million
     tokens/s of such queries, but the process that feeds it takes 0.0373 ms for one (loadtest/results/gpu.md, 9w-256c).
     """
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 class Rates:
     """What one replica does in a second, as measured.
 
-    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself: of older code and few at once,
-    so on the safe side. An H100 embeds 2.6 million
-    tokens/s of such queries, but the process that feeds it takes 0.0373 ms for one (loadtest/results/gpu.md, 9w-256c).
+    `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself: with older code and few at
+    once, so this is on the safe side. An H100 embeds 2.6 million tokens/s of such queries, but the process that feeds
+    it takes 0.0373 ms for one (loadtest/results/gpu.md, 9w-256c).
     """
 
     ingress_requests: float = 1324.0

@@ -10,9 +10,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from loadtest import wrk
-from loadtest.systems import systems
+from loadtest.systems import System, systems
 from loadtest.weights import FOUND, TOKENIZER
-from loadtest.workload import CELLS, SEED, WORDS, body
+from loadtest.workload import CELLS, SEED, WORDS, Cell, body
 
 MEASURED = ("9w-64c", "64w-64c")
 TURNS = 5  # of all vocabularies: what drifts on the machine meets each
@@ -47,6 +47,18 @@ def vocabularies(source: random.Random) -> dict[str, Draw]:
     }
 
 
+def ask(system: System, cell: Cell, draw: Draw, folder: Path) -> tuple[wrk.Load, float]:
+    """What wrk saw of texts of words that were just drawn, and the tokens of one."""
+    length = cell.words[0]
+    words = draw(WORDS_A_TURN // length * length)
+    texts = [" ".join(words[at : at + length]) for at in range(0, len(words), length)]
+    file = folder / "bodies.jsonl"
+    file.write_text("".join(f"{body([text], cell.encoding)}\n" for text in texts))
+    load = wrk.run(system.url, file, cell.connections, SECONDS)
+    assert load.refused + load.broken == 0, f"{load.refused} refused, {load.broken} broken"
+    return load, TOKENIZER.tokenize(texts).packed.tokens / len(texts)
+
+
 def main() -> None:
     """Run and print a Markdown table."""
     argparse.ArgumentParser(prog="python -m loadtest.vocabulary").parse_args()
@@ -59,24 +71,15 @@ def main() -> None:
         system = systems(folder)["ours"]
         with system.running(folder):
             for cell in (cell for cell in CELLS if cell.name in MEASURED):
-                length = cell.words[0]
-                loads: dict[str, list[wrk.Load]] = {name: [] for name in kinds}
-                tokens: dict[str, float] = {}
-                for _ in range(1 + TURNS):  # the first warms up
-                    for name, draw in kinds.items():
-                        words = draw(WORDS_A_TURN // length * length)
-                        texts = [" ".join(words[at : at + length]) for at in range(0, len(words), length)]
-                        tokens[name] = TOKENIZER.tokenize(texts).packed.tokens / len(texts)
-                        file = folder / "bodies.jsonl"
-                        file.write_text("".join(f"{body([text], cell.encoding)}\n" for text in texts))
-                        loads[name].append(wrk.run(system.url, file, cell.connections, SECONDS))
-                for name, (_, *measured) in loads.items():
-                    failed = sum(load.refused + load.broken for load in measured)
-                    assert failed == 0, f"{failed} requests failed"
-                    rate = statistics.median(load.answers / load.seconds for load in measured)
-                    p99_ms = statistics.median(load.p99_ms for load in measured)
-                    made = tokens[name]
-                    print(f"| {name} | {length} | {made:.1f} | {rate:.0f} | {rate * made:,.0f} | {p99_ms:.0f} |")
+                turns = [
+                    {name: ask(system, cell, draw, folder) for name, draw in kinds.items()} for _ in range(1 + TURNS)
+                ]
+                for name in kinds:
+                    loads = [turn[name][0] for turn in turns[1:]]  # the first warmed up
+                    made = statistics.median(turn[name][1] for turn in turns)
+                    rate = statistics.median(load.answers / load.seconds for load in loads)
+                    p99_ms = statistics.median(load.p99_ms for load in loads)
+                    print(f"| {name} | {cell.words[0]} | {made:.1f} | {rate:.0f} | {rate * made:,.0f} | {p99_ms:.0f} |")
 
 
 if __name__ == "__main__":

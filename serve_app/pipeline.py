@@ -7,7 +7,7 @@ every replica can work on it and no short text waits behind all of it.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
@@ -131,9 +131,7 @@ class Pipeline:
 
     async def discover(self, deadline: float) -> Described:
         """Ask the replicas what they serve; raises ModelUnavailable while none can say. All who ask at once share."""
-        if self._discovery is None or self._discovery.done():
-            # In a context of its own, and shielded: it outlives the request that began it.
-            self._discovery = asyncio.get_running_loop().create_task(self._discover(), context=Context())
+        self._discovery = _shared(self._discovery, self._discover)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await asyncio.shield(self._discovery)
@@ -186,8 +184,7 @@ class Pipeline:
     async def try_out(self) -> None:
         """Embed a short text that is not counted as work, unless that would wake the model; raises as `embed` does. All
         who ask at once share, so that however many they are they take no more than one connection's work."""
-        if self._trial is None or self._trial.done():
-            self._trial = asyncio.get_running_loop().create_task(self._try_out(), context=Context())
+        self._trial = _shared(self._trial, self._try_out)
         await asyncio.shield(self._trial)
 
     async def _try_out(self) -> None:
@@ -279,6 +276,13 @@ class Pipeline:
     async def _infer_together(self, is_bulk: bool, entries: Sequence[Entry[Packed, Embedded]]) -> list[Embedded]:
         jobs = [entry.job for entry in entries]
         return deal(await self._stages.infer(concat(jobs), max(entry.deadline for entry in entries), is_bulk), jobs)
+
+
+def _shared(asking: asyncio.Task[T] | None, ask: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+    """The task that is asking, or a new one; in a context of its own, and to be shielded: it outlives who began it."""
+    if asking is None or asking.done():
+        asking = asyncio.get_running_loop().create_task(ask(), context=Context())
+    return asking
 
 
 async def _all(jobs: Sequence[Awaitable[T]]) -> list[T]:

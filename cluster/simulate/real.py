@@ -61,11 +61,7 @@ class _Watch:
 
 
 async def _applications(http: httpx.AsyncClient, dashboard: str) -> dict[str, Any]:
-    token = os.environ.get(
-        "RAY_AUTH_TOKEN"
-    )  # which `make serve` and every cluster want; `ray get-auth-token` prints it
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    answer = await http.get(f"{dashboard}/api/serve/applications/", headers=headers)
+    answer = await http.get(f"{dashboard}/api/serve/applications/")
     applications: dict[str, Any] = answer.raise_for_status().json()["applications"]
     return applications
 
@@ -82,7 +78,8 @@ def texts(tokens: int, most: int) -> list[str]:
 
 async def drive(url: str, dashboard: str, arrivals: Arrivals, rate: float) -> list[Outcome]:
     """Send the same load to every application of a service at once, so that all meet the same machine."""
-    async with httpx.AsyncClient(timeout=10.0) as http:
+    token = os.environ.get("RAY_AUTH_TOKEN")  # `make serve` and every cluster want it; `ray get-auth-token` prints it
+    async with httpx.AsyncClient(timeout=10.0, headers={"authorization": f"Bearer {token}"} if token else {}) as http:
         applications = await _applications(http, dashboard)
         return await asyncio.gather(
             *(
@@ -122,11 +119,8 @@ async def _drive(url: str, watch: _Watch, other: httpx.AsyncClient, arrivals: Ar
             while True:
                 try:
                     await watch.look(other, time.monotonic() - begun, waiting)
-                except (
-                    httpx.HTTPError,
-                    KeyError,
-                    ValueError,
-                ) as error:  # gone for a while, or not the dashboard's answer
+                # The dashboard is away for a while, or does not know the application yet.
+                except (httpx.HTTPError, KeyError, ValueError) as error:
                     unseen.append(repr(error))
                 await asyncio.sleep(WATCH_PERIOD_S)
 

@@ -15,8 +15,6 @@ logger = logging.getLogger("ray.serve")
 
 # What every engine can do that can do anything: three tokens, which are in every vocabulary.
 PROBE = Packed(np.ones(3, np.int32), np.array([3], np.int32))
-
-
 # For how long batches are cut after memory was short: another process on the device may have had it.
 SHORT_S = 60.0
 
@@ -32,10 +30,8 @@ class Guard:
         self.engine = engine
         self._dimensions = dimensions
         self._clock = clock
-        self._most_tokens, self._short_at = (
-            0,
-            -math.inf,
-        )  # what was left to try when memory was short, and when that was
+        # Half of the last batch for which memory was short, and when that was.
+        self._most_tokens, self._short_at = 0, -math.inf
 
     @property
     def most_tokens(self) -> int | None:

@@ -13,6 +13,7 @@ import yaml
 
 from cluster import render
 from serve_app.__main__ import HAPROXY_PORTS, NODE_ENVIRONMENT
+from serve_app.deployments import DRAIN_MARGIN_S
 from serve_app.settings import Settings
 from tests.cluster.documents import CLUSTER, ROOT, Document, find, load
 
@@ -233,3 +234,14 @@ def test_the_page_names_every_file() -> None:
     for path in CLUSTER.rglob("*"):
         if path.is_file() and path.suffix in {".yaml", ""}:
             assert f"`{path.relative_to(CLUSTER)}`" in README, path
+
+
+def test_a_drained_pod_stays_until_an_ingress_may_have_ended_and_another_has_started() -> None:
+    # Serve stops a replica, whether another took its place or not, as long before the deadline as it may take to end.
+    settings = Settings.model_validate(APPLICATION["args"])
+    to_end_s = settings.request_timeout_s + DRAIN_MARGIN_S
+    for group in ("cpu", "gpu"):
+        spec = GROUPS[group]["template"]["spec"]
+        script = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+        deadline_s, sleep_s = map(int, re.findall(r"--deadline-remaining-seconds (\d+) && sleep (\d+)", script)[0])
+        assert to_end_s + 60 <= deadline_s == sleep_s < spec["terminationGracePeriodSeconds"]

@@ -49,7 +49,8 @@ def drain(session: int, stopping: Sequence[float], timeout_s: float) -> None:
             if is_first and waiting:
                 print(f"serve: answering {waiting} requests; a second signal ends it at once", flush=True)
         if stopping[-1] - stopping[0] > SAME_SIGNAL_S or time.monotonic() > deadline:
-            print(f"serve: ended with {max(0, waiting)} requests unanswered", file=sys.stderr)
+            unanswered = "an unknown number of" if waiting < 0 else waiting  # HAProxy never said
+            print(f"serve: ended with {unanswered} requests unanswered", file=sys.stderr)
             return
         time.sleep(LOOK_PERIOD_S)
 

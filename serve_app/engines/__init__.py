@@ -27,7 +27,7 @@ class Engine(Protocol):
     """One model on one device. `embed` blocks, lets other threads run while it computes, and may be called by any
     number of threads: `lanes` keep it busy, one more is never kept waiting by these where the device allows it. A batch
     of less than `lane_tokens` had better wait for the next than have a lane beside others. One of up to `brief_tokens`
-    is over sooner than a thread is worth waking for it."""
+    is over too soon to be worth handing to another thread."""
 
     name: str
     precision: Precision

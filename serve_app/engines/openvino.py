@@ -46,7 +46,7 @@ class OpenVinoEngine:
     device = "cpu"
     # With 16 instead, and small batches never wide, 8 connections with queries of 9 words got 4 to 11 % less done.
     lane_tokens = 128
-    # 2 to 3 ms, of which waking another thread would take up to a third.
+    # 2 to 3 ms, to which handing it to another thread, and back, would add up to a third.
     brief_tokens = 32
 
     def __init__(self, bert: Bert, precision: str, threads: int) -> None:

@@ -6,12 +6,13 @@ and leaves torch out of the process. Measured beside that traced graph on two co
 Batches run on lanes of one thread each. Threads that share a batch wait for each other some sixty times in it, and
 while another process has one of their cores, all of them do; lanes never wait. But a small batch is mostly the reading
 of weights, so one twice as large in half the time is better than two side by side: it gets all threads while it is
-alone. So does one text by itself, since there it is the time of one answer that counts; and it has a graph of its own,
-in which nothing is laid out as a rectangle.
+alone. So does one long text, since there it is the time of one answer that counts. A fifth of what a short query takes
+is work around its shapes, so there are graphs that have them fixed, with the same vectors.
 """
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from queue import LifoQueue
 
 import numpy as np
@@ -35,6 +36,8 @@ WIDE_TOKENS = 256
 CALM_S = 0.1
 # Tokens by which the shape of a launch grows at least: so few cost next to nothing while weights are read from memory.
 STEP = 16
+# Lengths, in tokens, of one text by itself for which there is a graph of fixed shape, of 30 MB and 0.1 s of the start.
+FIXED_LENGTHS = 16, 32
 # An additive mask large enough to end a softmax's share, small enough for every precision.
 MASKED = np.float32(-1e4)
 
@@ -58,10 +61,9 @@ class OpenVinoEngine:
         self._dimensions = bert.dimensions
         # By a text's length: how many columns of a rectangle it takes.
         self._columns = np.array([bucket(length, 16, STEP) for length in range(len(bert.positions) + 1)], np.int32)
-        self._positions = len(bert.positions)
-        graph, lone = build(bert), build(bert, is_lone=True)
+        graph = build(bert)
 
-        def request(graph: Model, threads: int) -> InferRequest:
+        def request(threads: int, graph: Model = graph) -> InferRequest:
             options = {
                 # One stream computes in the thread that calls, several only in threads of their own.
                 "NUM_STREAMS": 1,
@@ -75,9 +77,11 @@ class OpenVinoEngine:
         # A call takes a lane from here and brings it back, the last one first. There is one more than threads, so that
         # a short text need not wait for the batches of a long list.
         self._free: LifoQueue[InferRequest] = LifoQueue()
-        graphs = [lone] + [graph] * (threads + 2)
+        shapes = [(length, 1, length) for length in FIXED_LENGTHS]
         with ThreadPoolExecutor(threads) as pool:
-            self._lone, self._wide, *lanes = pool.map(request, graphs, [threads] * 2 + [1] * (threads + 1))
+            self._wide, *lanes = pool.map(request, [threads] + [1] * (threads + 1))
+            fixed = pool.map(request, repeat(threads), [fix(graph, *shape) for shape in shapes])
+            self._fixed = dict(zip(shapes, fixed, strict=True))
         for lane in lanes:
             self._free.put(lane)
         self._shared_s = 0.0  # when two calls last ran at once, by time.monotonic()
@@ -90,11 +94,8 @@ class OpenVinoEngine:
             is_alone = self._free.qsize() == self.lanes
             if not is_alone:
                 self._shared_s = now
-            is_lone = packed.rows == 1
-            is_wide = is_alone and (packed.tokens <= WIDE_TOKENS or (is_lone and now - self._shared_s > CALM_S))
-            if is_wide and is_lone:
-                return self._embed_lone(packed)
-            request = self._wide if is_wide else lane
+            is_wide = packed.tokens <= WIDE_TOKENS or (packed.rows == 1 and now - self._shared_s > CALM_S)
+            request = self._wide if is_alone and is_wide else lane
             vectors = np.empty((packed.rows, self._dimensions), np.float32)
             columns = self._columns[packed.lengths]
             for rows in group(columns, LAUNCH_CELLS, LAUNCH_OVERHEAD_CELLS):
@@ -103,19 +104,12 @@ class OpenVinoEngine:
                 # for each shape it meets. So shapes are few, and texts of one kind mostly meet the same.
                 shape = bucket(part.tokens, 32, STEP), bucket(part.rows, 8), int(columns[rows[0]])
                 grid = lay_out(part, *shape)
-                request.infer([grid.ids, grid.positions, grid.places, grid.lengths, grid.cells], share_inputs=True)
-                vectors[rows] = request.get_output_tensor(0).data[: len(rows)]
+                fit = self._fixed.get(shape, request) if request is self._wide else request
+                fit.infer([grid.ids, grid.positions, grid.places, grid.lengths, grid.cells], share_inputs=True)
+                vectors[rows] = fit.get_output_tensor(0).data[: len(rows)]
             return vectors
         finally:
             self._free.put(lane)
-
-    def _embed_lone(self, packed: Packed) -> Float32:
-        """The vector of one text, float32 [1, D]; one call at a time."""
-        ids = np.zeros(min(bucket(packed.tokens, 32, STEP), self._positions), np.int32)
-        ids[: packed.tokens] = packed.ids
-        self._lone.infer([ids, packed.lengths], share_inputs=True)
-        vector: Float32 = self._lone.get_output_tensor(0).data.copy()
-        return vector
 
 
 def settle(precision: str, has_bfloat16: bool) -> Precision:
@@ -129,11 +123,18 @@ def settle(precision: str, has_bfloat16: bool) -> Precision:
     raise EngineError(f"precision {precision!r} is not available on this CPU; use 'auto' or 'float32'")
 
 
-def build(bert: Bert, is_lone: bool = False) -> Model:
+def fix(graph: Model, tokens: int, rows: int, columns: int) -> Model:
+    """The same graph for a grid of this shape alone."""
+    fixed = graph.clone()
+    ids, positions, places, lengths, cells = fixed.inputs
+    fixed.reshape({ids: [tokens], positions: [tokens], places: [rows, columns], lengths: [rows], cells: [tokens]})
+    return fixed
+
+
+def build(bert: Bert) -> Model:
     """The graph, from packed tokens to vectors float32 [B, H]; its inputs are the fields of `packing.Grid`, in order.
 
     Only attention sees the rectangle, so nothing else computes padding: that is 10 to 15 % of a batch of short texts.
-    A lone text is the rectangle, which takes a query a fifth less: then inputs are ids int32 [T] and lengths int32 [1].
     """
     hidden, width = bert.dimensions, bert.dimensions // bert.heads
 
@@ -154,25 +155,23 @@ def build(bert: Bert, is_lone: bool = False) -> Model:
         return op.add(op.multiply(centred, constant(n.scale)), constant(n.shift))
 
     def spread(x: Node) -> Node:  # [T, H] -> [B, S, H]
-        return op.unsqueeze(x, shape(0)) if is_lone else op.gather(x, places, shape(0))
+        return op.gather(x, places, shape(0))
 
     def collect(x: Node) -> Node:  # [B, S, A, W] -> [T, H]
-        rows = op.reshape(x, shape(-1, hidden), False)
-        return rows if is_lone else op.gather(rows, cells, shape(0))
+        return op.gather(op.reshape(x, shape(-1, hidden), False), cells, shape(0))
 
     def heads(x: Node) -> Node:  # [T, H] -> [B, A, S, W]
         return op.transpose(op.reshape(spread(x), shape(0, 0, bert.heads, width), True), shape(0, 2, 1, 3))
 
     ids, positions, places = parameter("ids"), parameter("positions"), parameter("places", 2)
     lengths, cells = parameter("lengths"), parameter("cells")
-    longest = op.squeeze(op.gather(op.shape_of(ids if is_lone else places, "i32"), shape(-1), shape(0)), shape(0))
+    longest = op.squeeze(op.gather(op.shape_of(places, "i32"), shape(1), shape(0)), shape(0))
     columns = op.range(constant(np.int32(0)), longest, constant(np.int32(1)), "i32")  # [S]
     inside = op.less(op.unsqueeze(columns, shape(0)), op.unsqueeze(lengths, shape(1)))  # [B, S]
     mask = op.unsqueeze(op.select(inside, constant(np.float32(0)), constant(MASKED)), shape(1, 2))  # [B, 1, 1, S]
 
     words = op.gather(constant(bert.words), ids, shape(0))
-    where = op.gather(constant(bert.positions), columns if is_lone else positions, shape(0))
-    x = norm(op.add(words, where), bert.norm)  # [T, H]
+    x = norm(op.add(words, op.gather(constant(bert.positions), positions, shape(0))), bert.norm)  # [T, H]
     for layer in bert.layers:
         # Three products beat one joined product here: its result would have to be split and copied.
         query, key, value = (
@@ -194,4 +193,4 @@ def build(bert: Bert, is_lone: bool = False) -> Model:
         vectors = op.squeeze(op.gather(spread(x), shape(0), shape(1)), shape(1))
     if bert.normalize:
         vectors = op.normalize_l2(vectors, shape(-1), 1e-12, "max")
-    return ov.Model([vectors], [ids, lengths] if is_lone else [ids, positions, places, lengths, cells], "bert")
+    return ov.Model([vectors], [ids, positions, places, lengths, cells], "bert")

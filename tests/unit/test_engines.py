@@ -228,34 +228,24 @@ def test_a_small_batch_has_all_threads_while_it_is_alone(network: Bert) -> None:
     assert cosines(vectors, reference(network, small)).min() >= 0.999999
 
 
-def test_one_text_has_a_graph_of_its_own_while_it_is_alone(network: Bert) -> None:
-    engine, used = OpenVinoEngine(network, "float32", 2), list[str]()
-
-    def note(name: str, _: list[Any]) -> None:
-        used.append(name)
-        if len(used) == 1:
-            engine.embed(sequences(9))  # while the first runs
-
-    engine._lone = Seen(engine._lone, partial(note, "lone"))  # type: ignore[assignment]
-    watch_lanes(engine, partial(note, "lane"))
-    engine.embed(sequences(9))
-    assert used == ["lone", "lane"]  # the second was not alone
-    long = sequences(400)
-    engine.embed(long)
-    engine._shared_s = -math.inf  # the last two calls at once were long ago
-    engine.embed(long)
-    assert used[2:] == ["lane", "lone"]  # not in the way of the next of several callers
-
-
-@pytest.mark.parametrize("precision", ["float32", "auto"])
-def test_a_text_has_the_same_vector_alone_and_among_others(network: Bert, precision: str) -> None:
-    engine = OpenVinoEngine(network, precision, 2)
-    for tokens in (1, 2, 15, 16, 17, 32, 33, 65, 128, 257, len(network.positions)):
-        packed = sequences(tokens, 300)
-        text = Packed(packed.ids[:tokens], packed.lengths[:1])
-        engine._shared_s = -math.inf
-        # To the last bit where this was written; a product may be summed in another order elsewhere.
-        assert cosines(engine.embed(text), engine.embed(packed)[:1]).min() >= 0.9999
+def test_a_short_text_by_itself_has_a_graph_of_its_shape_and_the_same_vector(network: Bert) -> None:
+    engine, used = OpenVinoEngine(network, "auto", 2), list[str]()
+    for shape, request in engine._fixed.items():
+        engine._fixed[shape] = Seen(request, lambda _, shape=shape: used.append(f"fixed {shape[0]}"))  # type: ignore
+    engine._wide = Seen(engine._wide, lambda _: used.append("wide"))  # type: ignore[assignment]
+    watch_lanes(engine, lambda _: used.append("lane"))
+    for tokens in (1, 16, 17, 32, 33):
+        text = sequences(tokens)
+        alone = engine.embed(text)
+        lane = engine._free.get()  # as if another call had it
+        among_others = engine.embed(text)
+        engine._free.put(lane)
+        # To the last bit on processors known so far; others may sum a product in another order.
+        assert cosines(alone, among_others).min() >= 0.9999
+    assert used == ["fixed 16", "lane"] * 2 + ["fixed 32", "lane"] * 2 + ["wide", "lane"]
+    unlike = sequences(9, 200)  # in two launches
+    assert cosines(engine.embed(unlike), reference(network, unlike)).min() >= 0.9995
+    assert sorted(used[10:]) == ["fixed 16", "wide"]
 
 
 async def test_no_text_waits_while_the_engine_is_idle_and_batches_grow_while_it_is_busy(network: Bert) -> None:

@@ -96,7 +96,7 @@ def open_engine(bert: Bert, engine: str, precision: str, threads: int) -> Engine
 
 
 def self_test(engine: Engine, bert: Bert) -> float:
-    """The lowest cosine between the engine's vectors and the reference's, over a mixed batch and one sequence alone.
+    """The lowest cosine between the engine's vectors and the reference's, over a mixed batch and two sequences alone.
 
     A first run before it is the warm-up. Raises EngineError under the precision's bar.
     """
@@ -105,10 +105,10 @@ def self_test(engine: Engine, bert: Bert) -> float:
     # Any ids do for a comparison of arithmetic; the first thousand of a BERT vocabulary are mostly unused.
     ids = random.integers(len(bert.words) // 30, len(bert.words), int(lengths.sum())).astype(np.int32)
     packed = Packed(ids, lengths)
-    engine.embed(Packed(ids[:9], np.array([9], np.int32)))
-    alone = Packed(ids[-64:], lengths[-1:])
-    got, want = np.concatenate([engine.embed(packed), engine.embed(alone)]), reference(bert, packed)
-    want = np.concatenate([want, want[-1:]])
+    brief, long = Packed(ids[3:12], lengths[1:2]), Packed(ids[-64:], lengths[-1:])
+    engine.embed(brief)
+    got, want = np.concatenate([engine.embed(each) for each in (packed, brief, long)]), reference(bert, packed)
+    want = np.concatenate([want, want[1:2], want[-1:]])
     if got.shape != want.shape or got.dtype != np.float32:
         raise EngineError(f"self-test of {engine.name}: vectors are {got.dtype} {got.shape}, not float32 {want.shape}")
     norms = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)

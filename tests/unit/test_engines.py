@@ -137,6 +137,18 @@ def test_an_engine_with_wrong_vectors_does_not_serve(network: Bert, spoil: objec
         self_test(Wrong(network, spoil), network)  # type: ignore[arg-type]
 
 
+def test_an_engine_that_is_wrong_about_a_brief_text_alone_does_not_serve(network: Bert) -> None:
+    """Which OpenVINO computes in a graph of its own."""
+
+    class WrongAlone(Wrong):
+        def embed(self, packed: Packed) -> Float32:
+            right = reference(self._network, packed)
+            return right + np.float32(0.01) if packed.rows == 1 and packed.tokens < 16 else right
+
+    with pytest.raises(EngineError, match="lowest cosine"):
+        self_test(WrongAlone(network, None), network)  # type: ignore[arg-type]
+
+
 def test_the_self_test_passes_a_right_engine(network: Bert) -> None:
     assert self_test(Wrong(network, lambda v: v * np.float32(3)), network) == pytest.approx(1.0)  # type: ignore[arg-type]
 

@@ -79,8 +79,8 @@ class OpenVinoEngine:
         self._free: LifoQueue[InferRequest] = LifoQueue()
         shapes = [(length, 1, length) for length in FIXED_LENGTHS]
         with ThreadPoolExecutor(threads) as pool:
-            self._wide, *lanes = pool.map(request, [threads] + [1] * (threads + 1))
             fixed = pool.map(request, repeat(threads), [fix(graph, *shape) for shape in shapes])
+            self._wide, *lanes = pool.map(request, [threads] + [1] * (threads + 1))
             self._fixed = dict(zip(shapes, fixed, strict=True))
         for lane in lanes:
             self._free.put(lane)

@@ -11,21 +11,21 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray.serve._private import haproxy
-from ray.serve._private.application_state import ApplicationState
+from ray.serve._private.constants import RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S as STARTUP_TIMEOUT_S
 
 from serve_app import leash
 
 # How long a new actor leaves the service to the HAProxy that it found, until it knows the replicas itself. Serve itself
 # gives an actor five seconds to be ready.
 TARGETS_TIMEOUT_S = 2.0
-# How often it is looked whether HAProxy lives, and how long after a start that failed the next is tried.
-WATCH_PERIOD_S, RETRY_S = 0.05, 1.0
+# How often it is looked whether HAProxy lives, or is there yet, and how many times before the latter is left to Serve;
+# and how long after a start that failed the next is tried.
+WATCH_PERIOD_S, LOOKS, RETRY_S = 0.05, 20, 1.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -106,6 +106,15 @@ class LastingHAProxy(haproxy.HAProxyApi):
             arguments = ("-sf", *running, *(["-x", self.cfg.socket_path] if can_hand_over else []))
         return await super()._start_and_wait_for_haproxy(*arguments, **options)
 
+    async def _wait_for_hap_availability(self, proc: Process, timeout_s: int = STARTUP_TIMEOUT_S) -> None:
+        """Serve looks every half a second, and starts no replica before it has seen the first one: it is there sooner.
+        The rest, and whatever goes wrong, is Serve's own."""
+        for _ in range(LOOKS):
+            if proc.returncode is not None or await self._get_running_pid() == proc.pid:
+                break
+            await asyncio.sleep(WATCH_PERIOD_S)
+        await super()._wait_for_hap_availability(proc, timeout_s)
+
     def _find_leash(self) -> int:
         """The leader of the process group that a running HAProxy is in; where none runs, of a new one.
 
@@ -122,26 +131,3 @@ class LastingHAProxy(haproxy.HAProxyApi):
     def _running(self) -> list[str]:
         """The ids of all that run with this node's configuration, whichever actor started them."""
         return [path.name for path in Path("/proc").glob("[0-9]*") if self._is_our_haproxy(int(path.name))]
-
-
-def keep_ingress(set_target: Callable[..., None]) -> Callable[..., None]:
-    """Have an application that is built anew keep the name of its ingress, as what is deployed still runs.
-
-    Serve forgets it for as long as the build takes, six seconds here, and for good where the build fails: HAProxy then
-    has no replica left, and all goes through Serve's proxy in Python, at a quarter of the speed.
-    """
-
-    def set_target_state(state: ApplicationState, deployment_infos: Any, **options: Any) -> None:
-        name = state._ingress_deployment_name
-        set_target(state, deployment_infos, **options)
-        if deployment_infos is None:
-            state._ingress_deployment_name = name
-
-    return set_target_state
-
-
-def last() -> None:
-    """Have Serve's controller (RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH) give its actors this class, which they get by
-    value with their own, and leave HAProxy its replicas while an update is built."""
-    haproxy.HAProxyApi = LastingHAProxy  # type: ignore[misc]
-    ApplicationState._set_target_state = keep_ingress(ApplicationState._set_target_state)  # type: ignore[method-assign]

@@ -11,17 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ray import cloudpickle
 from ray.serve._private import haproxy
-from ray.serve._private.application_state import ApplicationState
 from ray.serve.config import HTTPOptions
 
-from serve_app.haproxy import LastingHAProxy, last
+from serve_app.haproxy import LastingHAProxy
 from tests.service.conftest import free_port
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
-# What Serve's controller makes its actors of, and what it gives them of ours.
-ACTOR, GIVEN = haproxy.HAProxyManager.__ray_metadata__.modified_class, b"LastingHAProxy"
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 
 
@@ -275,25 +271,25 @@ async def test_haproxy_ends_with_the_raylet(monkeypatch: pytest.MonkeyPatch, hou
     assert second._running() == []
 
 
-@pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in Serve's controller; what it changes there is put back."""
-    monkeypatch.setattr(haproxy, "HAProxyApi", haproxy.HAProxyApi)
-    monkeypatch.setattr(ApplicationState, "_set_target_state", ApplicationState._set_target_state)
-    assert GIVEN not in cloudpickle.dumps(ACTOR)
-    last()
+async def test_a_start_is_seen_before_serve_looks_again(monkeypatch: pytest.MonkeyPatch, house: House) -> None:
+    """Serve waits for half a second between two looks, and the first is always too early."""
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def record(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(seconds)
+
+    keeper = house.keeper()
+    monkeypatch.setattr(asyncio, "sleep", record)
+    await keeper.start()
+    await keeper._graceful_reload()
+    assert slept and max(slept) < 0.5
+    await keeper.stop()
 
 
-def test_serves_actors_are_given_it(begun: None) -> None:
-    assert GIVEN in cloudpickle.dumps(ACTOR)
-
-
-def test_the_ingress_is_not_forgotten_while_an_update_is_built(begun: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ApplicationState, "_update_status", lambda *_: None)
-    application = ApplicationState.__new__(ApplicationState)
-    application._ingress_deployment_name = "Ingress"
-    application._ingress_request_router_deployment_name = None
-    application._clear_target_state_and_store_config(None)
-    assert application.ingress_deployment == "Ingress"
-    application._set_target_state_deleting()
-    assert application.ingress_deployment is None
+async def test_a_start_that_fails_is_told_by_serve(house: House) -> None:
+    keeper = house.keeper()
+    await asyncio.to_thread(Path(keeper.config_file_path).write_text, "no configuration")
+    with pytest.raises(RuntimeError, match="crashed during startup"):
+        await keeper._start_and_wait_for_haproxy()

@@ -13,10 +13,10 @@ ORDER = (
     "errors", "settings", "autoscale", "rate", "threads", "packing", "answers", "scheduler", "channel", "pool",
     "engines.bert", "engines", "engines.guard", "engines.openvino", "engines.torch", "engines.sleep", "words",
     "tokens", "weights", "pipeline", "catalog", "discovery", "stages", "wire", "keys", "scope", "bodies", "http",
-    "leash", "haproxy", "replicas", "deployments", "session", "__main__",
+    "leash", "haproxy", "controller", "replicas", "deployments", "session", "__main__",
 )  # fmt: skip
 HOMES = {
-    "ray": {"deployments", "haproxy", "replicas"},
+    "ray": {"controller", "deployments", "haproxy", "replicas"},
     "fastapi": {"http"},
     "torch": {"engines.torch"},
     "openvino": {"engines.openvino"},

@@ -13,7 +13,7 @@ from ray.serve.schema import ApplicationStatus
 
 from serve_app.haproxy import LastingHAProxy
 
-# Between two turns of the control loop while an application is deployed: Serve's own value. A deployment takes several
+# Between two turns of the control loop while an application is being deployed: Serve's own value. That takes several
 # turns in a row, which at the period of RAY_SERVE_CONTROL_LOOP_INTERVAL_S were a second of the start.
 DEPLOYING_PERIOD_S = 0.1
 
@@ -21,7 +21,7 @@ DEPLOYING_PERIOD_S = 0.1
 def adapt() -> None:
     """Change the controller that this runs in, as RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH has it do before all else.
 
-    Actors get their classes by value from it, and so this HAProxy with their own.
+    Actors get their classes from it by value, and with them the name of this HAProxy's class in place of Serve's.
     """
     haproxy.HAProxyApi = LastingHAProxy  # type: ignore[misc]
     ApplicationState._set_target_state = keep_ingress(ApplicationState._set_target_state)  # type: ignore[method-assign]
@@ -45,7 +45,7 @@ def keep_ingress(set_target: Callable[..., None]) -> Callable[..., None]:
 
 
 def hasten(update: Callable[[ApplicationStateManager], None]) -> Callable[[ApplicationStateManager], None]:
-    """Have the control loop, of which this is a step, turn more often while an application is deployed."""
+    """Have the control loop, of which this is a step, turn more often while an application is being deployed."""
 
     def update_states(manager: ApplicationStateManager) -> None:
         update(manager)

@@ -23,9 +23,9 @@ from serve_app import leash
 # How long a new actor leaves the service to the HAProxy that it found, until it knows the replicas itself. Serve itself
 # gives an actor five seconds to be ready.
 TARGETS_TIMEOUT_S = 2.0
-# How often it is looked whether HAProxy lives, or is there yet, and how many times before the latter is left to Serve;
+# How often it is looked whether HAProxy lives, or is there yet, and for how long before the latter is left to Serve;
 # and how long after a start that failed the next is tried.
-WATCH_PERIOD_S, LOOKS, RETRY_S = 0.05, 20, 1.0
+WATCH_PERIOD_S, LOOK_TIMEOUT_S, RETRY_S = 0.05, 1.0, 1.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -107,12 +107,14 @@ class LastingHAProxy(haproxy.HAProxyApi):
         return await super()._start_and_wait_for_haproxy(*arguments, **options)
 
     async def _wait_for_hap_availability(self, proc: Process, timeout_s: int = STARTUP_TIMEOUT_S) -> None:
-        """Serve looks every half a second, and starts no replica before it has seen the first one: it is there sooner.
-        The rest, and whatever goes wrong, is Serve's own."""
-        for _ in range(LOOKS):
-            if proc.returncode is not None or await self._get_running_pid() == proc.pid:
-                break
-            await asyncio.sleep(WATCH_PERIOD_S)
+        """Look more often than Serve, which does every half a second, and whose own start waits for this one. After a
+        while, and for whatever goes wrong, it is Serve that waits."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                while proc.returncode is None:
+                    if await self._get_running_pid() == proc.pid:
+                        break
+                    await asyncio.sleep(WATCH_PERIOD_S)
         await super()._wait_for_hap_availability(proc, timeout_s)
 
     def _find_leash(self) -> int:

@@ -1,13 +1,13 @@
 """What Serve's controller does otherwise: the classes it gives its actors, and how it keeps its applications."""
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray import cloudpickle
 from ray.serve._private import controller, haproxy
 from ray.serve._private.application_state import ApplicationState, ApplicationStateManager
+from ray.serve._private.constants import CONTROL_LOOP_INTERVAL_S
 from ray.serve.schema import ApplicationStatus
 
 from serve_app.controller import DEPLOYING_PERIOD_S, adapt, hasten
@@ -43,14 +43,17 @@ def test_the_ingress_is_not_forgotten_while_an_update_is_built(adapted: None, mo
     assert application.ingress_deployment is None
 
 
-class Manager:
-    """Of applications in the states that are given."""
+class Manager(ApplicationStateManager):
+    """Of applications whose states are those given once they were updated."""
 
     def __init__(self, *statuses: ApplicationStatus) -> None:
         self._statuses = statuses
+        self._application_states = {}
 
-    def list_app_statuses(self) -> dict[str, Any]:
-        return {str(number): SimpleNamespace(status=status) for number, status in enumerate(self._statuses)}
+    def update(self) -> None:
+        for number, status in enumerate(self._statuses):
+            state = self._application_states[str(number)] = ApplicationState.__new__(ApplicationState)
+            state._status, state._status_msg, state._deployment_timestamp = status, "", 0.0
 
 
 @pytest.mark.parametrize(
@@ -63,13 +66,12 @@ class Manager:
         ((ApplicationStatus.UNHEALTHY,), CALM_PERIOD_S),
     ],
 )
-async def test_the_control_loop_turns_more_often_while_an_application_is_deployed(
+async def test_the_control_loop_turns_more_often_while_an_application_is_being_deployed(
     monkeypatch: pytest.MonkeyPatch, statuses: tuple[ApplicationStatus, ...], period_s: float
 ) -> None:
-    """Serve's own loop, around a step that does nothing but this."""
+    """Serve's own loop, around a step that does nothing else."""
     monkeypatch.setattr("serve_app.controller.CONTROL_LOOP_INTERVAL_S", CALM_PERIOD_S)
     monkeypatch.setattr(controller, "CONTROL_LOOP_INTERVAL_S", -1.0)
-    step = hasten(lambda manager: None)
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -77,9 +79,16 @@ async def test_the_control_loop_turns_more_often_while_an_application_is_deploye
         raise asyncio.CancelledError
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
+    loop = Idle(lambda: hasten(Manager.update)(Manager(*statuses)))
     with pytest.raises(asyncio.CancelledError):
-        await controller.ServeController.run_control_loop(Idle(lambda: step(Manager(*statuses))))  # type: ignore[arg-type]
+        await controller.ServeController.run_control_loop(loop)  # type: ignore[arg-type]
     assert slept == [period_s]
+
+
+def test_serves_own_step_sets_the_period(adapted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "CONTROL_LOOP_INTERVAL_S", -1.0)
+    ApplicationStateManager.update(Manager())
+    assert controller.CONTROL_LOOP_INTERVAL_S == CONTROL_LOOP_INTERVAL_S
 
 
 class Idle:
@@ -101,5 +110,5 @@ class Idle:
 def test_a_shorter_period_that_is_configured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.controller.CONTROL_LOOP_INTERVAL_S", 0.02)
     monkeypatch.setattr(controller, "CONTROL_LOOP_INTERVAL_S", -1.0)
-    hasten(lambda manager: None)(Manager(ApplicationStatus.DEPLOYING))  # type: ignore[arg-type]
+    hasten(Manager.update)(Manager(ApplicationStatus.DEPLOYING))
     assert controller.CONTROL_LOOP_INTERVAL_S == 0.02

@@ -281,6 +281,7 @@ async def test_a_start_is_seen_before_serve_looks_again(monkeypatch: pytest.Monk
         await sleep(seconds)
 
     keeper = house.keeper()
+    monkeypatch.setattr("serve_app.haproxy.LOOK_TIMEOUT_S", 30.0)
     monkeypatch.setattr(asyncio, "sleep", record)
     await keeper.start()
     await keeper._graceful_reload()
@@ -293,3 +294,24 @@ async def test_a_start_that_fails_is_told_by_serve(house: House) -> None:
     await asyncio.to_thread(Path(keeper.config_file_path).write_text, "no configuration")
     with pytest.raises(RuntimeError, match="crashed during startup"):
         await keeper._start_and_wait_for_haproxy()
+
+
+async def test_one_that_is_silent_is_left_to_serve(monkeypatch: pytest.MonkeyPatch, house: House) -> None:
+    """As one that was stopped, and accepts without an answer."""
+    keeper = house.keeper()
+    asked: list[object] = []
+
+    async def be_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(reader)
+        await reader.read()
+        writer.close()
+
+    monkeypatch.setattr("serve_app.haproxy.LOOK_TIMEOUT_S", 0.1)
+    sleeper = await asyncio.create_subprocess_exec("sleep", "60")
+    sleeper._stderr_path = "/dev/null"  # type: ignore[attr-defined]  # as Serve has it on its own
+    async with await asyncio.start_unix_server(be_silent, keeper.cfg.socket_path):
+        with pytest.raises(RuntimeError, match="within 0 seconds"):
+            await keeper._wait_for_hap_availability(sleeper, 0)
+    assert len(asked) == 1, "only until the time for looks was over"
+    sleeper.kill()
+    await sleeper.wait()

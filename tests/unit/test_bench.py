@@ -17,7 +17,7 @@ from loadtest.systems import gpu_config
 CELLS = {cell.name: cell for cell in workload.CELLS}
 
 
-@pytest.mark.parametrize("module", ["summary", "report", "meter"])
+@pytest.mark.parametrize("module", ["summary", "report", "meter", "share"])
 def test_the_examples_in_the_docstrings_hold(module: str) -> None:
     ran = doctest.testmod(importlib.import_module(f"loadtest.{module}"))
     assert ran.attempted > 0 and ran.failed == 0

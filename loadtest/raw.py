@@ -23,6 +23,11 @@ from serve_app.settings import ModelSettings
 BATCH_TOKENS = ModelSettings().batch_tokens
 
 
+def engine() -> Engine:
+    """The service's engine, with as many threads as the Model replica of serve_config.yaml gets."""
+    return open_engine(network(), "auto", "auto", min(2, os.cpu_count() or 1))
+
+
 def batches(cell: Cell, requests: list[Packed], lanes: int) -> list[Packed]:
     """What the engine is given at a time."""
     if cell.rows > 1:
@@ -79,11 +84,10 @@ def measure(engine: Engine, cell: Cell, seconds: float) -> dict[str, float]:
 def main() -> None:
     """Measure the named cells."""
     factor, names = float(sys.argv[1]), sys.argv[2:]
-    # As many threads as the Model replica of serve_config.yaml gets.
-    engine = open_engine(network(), "auto", "auto", min(2, os.cpu_count() or 1))
+    opened = engine()
     for cell in CELLS:
         if cell.name in names:
-            print(json.dumps({"cell": cell.name, **measure(engine, cell, cell.seconds * factor)}), flush=True)
+            print(json.dumps({"cell": cell.name, **measure(opened, cell, cell.seconds * factor)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ here. While the engine has its turn, every process of the service is stopped, so
 """
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -21,9 +20,9 @@ import psutil
 from loadtest import raw, wrk
 from loadtest.meter import tree
 from loadtest.systems import systems
-from loadtest.weights import network, packed
+from loadtest.weights import tokens
 from loadtest.workload import CELLS, Cell, write
-from serve_app.engines import Engine, open_engine
+from serve_app.engines import Engine
 
 NAMES = ["32x64w-4c", "mixed-2c"]
 SECONDS = 7.0
@@ -50,12 +49,12 @@ def stopped(root: int) -> Iterator[None]:
 def turns(engine: Engine, root: int, url: str, cell: Cell, pairs: int, folder: Path) -> list[tuple[float, float]]:
     """Tokens/s of the service and of the engine, a pair a turn of both; either is the first in every other one."""
     bodies = write(cell, folder)
-    tokens = float(np.mean([request.tokens for request in packed(cell)]))
+    tokens_a_request = tokens(cell)
 
     def serve(seconds: float) -> float:
         load = wrk.run(url, bodies, cell.connections, seconds)
         assert load.refused + load.broken == 0, f"{load.refused} refused, {load.broken} broken"
-        return wrk.rate(load, cell) * tokens
+        return wrk.rate(load, cell) * tokens_a_request
 
     def compute(seconds: float) -> float:
         with stopped(root):
@@ -88,8 +87,10 @@ def main() -> None:
     """Run and print a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.share")
     parser.add_argument("--cells", nargs="+", default=NAMES, choices=[cell.name for cell in CELLS], metavar="CELL")
-    parser.add_argument("--pairs", type=int, default=8, help="turns of both for each cell, two at least")
+    parser.add_argument("--pairs", type=int, default=8, help="turns of both for each cell")
     options = parser.parse_args()
+    if options.pairs < 2:
+        parser.error(f"--pairs is {options.pairs}, and has to be 2 or more for a standard error")
     wrk.require()
     # A service whose processes are stopped would outlive this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -99,7 +100,7 @@ def main() -> None:
         folder = Path(scratch)
         system = systems(folder)["ours"]
         with system.running(folder) as root:
-            engine = open_engine(network(), "auto", "auto", min(2, os.cpu_count() or 1))
+            engine = raw.engine()
             for cell in (each for each in CELLS if each.name in options.cells):
                 found = turns(engine, root, system.url, cell, options.pairs, folder)
                 served, computed = np.median(found, axis=0)

@@ -309,9 +309,11 @@ async def test_one_that_is_silent_is_left_to_serve(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("serve_app.haproxy.LOOK_TIMEOUT_S", 0.1)
     sleeper = await asyncio.create_subprocess_exec("sleep", "60")
     sleeper._stderr_path = "/dev/null"  # type: ignore[attr-defined]  # as Serve has it on its own
-    async with await asyncio.start_unix_server(be_silent, keeper.cfg.socket_path):
-        with pytest.raises(RuntimeError, match="within 0 seconds"):
-            await keeper._wait_for_hap_availability(sleeper, 0)
+    try:
+        async with await asyncio.start_unix_server(be_silent, keeper.cfg.socket_path):
+            with pytest.raises(RuntimeError, match="within 0 seconds"):
+                await keeper._wait_for_hap_availability(sleeper, 0)
+    finally:
+        sleeper.kill()
+        await sleeper.wait()
     assert len(asked) == 1, "only until the time for looks was over"
-    sleeper.kill()
-    await sleeper.wait()

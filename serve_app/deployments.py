@@ -241,7 +241,10 @@ class Ingress:
             for each, stages in zip(models, self._stages, strict=True)
         ]
         self._catalog = Catalog(pipelines)
-        self._refreshing = [asyncio.ensure_future(refresh(pipeline)) for pipeline in pipelines]
+        self._refreshing = [
+            asyncio.ensure_future(refresh(pipeline, stages.is_settled))
+            for pipeline, stages in zip(pipelines, self._stages, strict=True)
+        ]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._catalog, self._settings, self._keys)

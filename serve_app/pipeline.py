@@ -120,11 +120,6 @@ class Pipeline:
         return self._described is not None and not self._described.models
 
     @property
-    def has_backlog(self) -> bool:
-        """Whether more waits for the models than one call carries, so that more of them would help."""
-        return self._short.waiting_cost + self._long.waiting_cost >= self.settings.batch_tokens
-
-    @property
     def queues(self) -> tuple[Sequence[Scheduler[Any, Any]], Sequence[Scheduler[Any, Any]]]:
         """What waits for the tokenizers, in characters, and for the models, in tokens."""
         return (self._tokenizing,), (self._short, self._long)

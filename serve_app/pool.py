@@ -32,6 +32,7 @@ class Pool:
         self._name = name
         self._waits = waits
         self._channels: dict[Endpoint, Channel] = {}
+        self._wanted: set[Endpoint] = set()
         self._changed = asyncio.Event()
         self._repeats = float(REPEATS)  # that may still be made
         self._watching: asyncio.Task[None] | None = None
@@ -41,6 +42,11 @@ class Pool:
         """Cost of the calls that these replicas have."""
         return sum(channel.load for channel in self._channels.values())
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that were named last take calls."""
+        return all(each in self._channels and self._channels[each].takes_calls for each in self._wanted)
+
     async def update(self, endpoints: Iterable[Endpoint]) -> None:
         """Connect to those of these that are new, and send no more calls to those that are not among them.
 
@@ -48,10 +54,10 @@ class Pool:
         """
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch(), context=Context())
-        wanted = set(endpoints)
-        for endpoint in self._channels.keys() - wanted:
+        self._wanted = set(endpoints)
+        for endpoint in self._channels.keys() - self._wanted:
             self._channels.pop(endpoint).retire()
-        new = [each for each in wanted if each not in self._channels or not self._channels[each].takes_calls]
+        new = [each for each in self._wanted if each not in self._channels or not self._channels[each].takes_calls]
         await asyncio.gather(*map(self._add, new))
 
     async def _add(self, endpoint: Endpoint) -> None:

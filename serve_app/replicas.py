@@ -21,9 +21,23 @@ class Replicas:
         self.deployment = handle.deployment_name
         self._handle = handle
         self._asleep_until = -math.inf
+        self._answered: frozenset[Any] | None = None  # those that all answered, when they were asked last
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether each that Serve's controller has named by now has answered, so that asking would tell little new."""
+        return self._answered == self._named()
+
+    def _named(self) -> frozenset[Any]:
+        """What the controller told the handle; Serve has no public way to ask that, short of calling them all."""
+        if not self._handle._router:  # until the first call
+            return frozenset()
+        router = self._handle._router._asyncio_router.request_router  # type: ignore[attr-defined]
+        return frozenset(router.curr_replicas if router else ())
 
     async def describe(self, deadline: float) -> list[Any]:
         """What each of them says of itself; nothing of those that are silent."""
+        named = self._named()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 # Serve's public way to await these fails for all of them when one is silent.
@@ -34,7 +48,9 @@ class Replicas:
         left_s = (deadline - time.monotonic()) / 2
         waits = (asyncio.wait_for(reply.get_async(), left_s) for reply in replies)  # type: ignore[no-untyped-call]
         found = await asyncio.gather(*waits, return_exceptions=True)
-        return [answer for answer in found if not isinstance(answer, BaseException)]
+        answers = [answer for answer in found if not isinstance(answer, BaseException)]
+        self._answered = named if len(answers) == len(named) else None
+        return answers
 
     async def are_asleep(self) -> bool:
         """Whether there are none because none is needed, or the first is only starting; Serve is asked now and then."""

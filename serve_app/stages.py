@@ -24,6 +24,11 @@ class Found(Protocol):
 
     deployment: str
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether each that is there has said it."""
+        ...
+
     async def describe(self, deadline: float) -> list[Any]:
         """What each replica says of itself."""
         ...
@@ -52,6 +57,10 @@ class RemoteStages:
     def loads(self) -> tuple[int, int]:
         """The work that the tokenizers have, in characters, and the models, in tokens."""
         return self._tokenizers.load, self._models.load
+
+    def is_settled(self) -> bool:
+        """Whether all replicas that are there have said what they serve, and those that calls go to take them."""
+        return all(found.is_settled for found in self._found) and self._models.is_whole and self._tokenizers.is_whole
 
     def report(self, pipeline: Pipeline) -> dict[str, float]:
         """For serve_app.autoscale, of each stage: all the work that was ever asked of it, and what is held here."""

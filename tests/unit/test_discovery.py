@@ -1,11 +1,23 @@
-"""Which replicas to keep to while a rollout mixes them."""
+"""Which replicas to keep to while a rollout mixes them, and how often they are asked who they are."""
 
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from serve_app.discovery import choose
-from tests.hand import served
+from serve_app import discovery
+from serve_app.answers import Described
+from serve_app.discovery import choose, refresh
+from serve_app.errors import ModelUnavailable
+from serve_app.pipeline import Pipeline
+from serve_app.replicas import Replicas
+from serve_app.settings import ModelSettings
+from tests.hand import HandStages, served
 
 
 @pytest.mark.parametrize(
@@ -25,3 +37,115 @@ def test_calls_go_to_the_weights_that_most_replicas_have_and_change_no_sooner_th
 ) -> None:
     models = [replace(served(), weights=weights) for weights in replicas.replace(" ", "")]
     assert choose(models, current) == chosen
+
+
+class Asked(HandStages):
+    """Says each time that it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.questions = asyncio.Semaphore(0)
+
+    async def describe(self, deadline: float) -> Described:
+        self.questions.release()
+        return await super().describe(deadline)
+
+
+@asynccontextmanager
+async def refreshing(stages: HandStages, is_settled: Callable[[], bool]) -> AsyncIterator[None]:
+    task = asyncio.create_task(refresh(Pipeline(ModelSettings(), stages, 1000), is_settled))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock a hundred times as fast, on which the longest pause never ends."""
+    monkeypatch.setattr(discovery, "REFRESH_PERIOD_S", 0.005)
+    monkeypatch.setattr(discovery, "REFRESH_A_REPLICA_S", 0.00075)
+    monkeypatch.setattr(discovery, "REFRESH_LONGEST_S", 1000.0)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_replicas_are_asked_again_when_one_has_come_or_gone_and_else_left_alone() -> None:
+    stages = Asked()
+    is_settled, looks = True, asyncio.Semaphore(0)
+
+    def look() -> bool:
+        looks.release()
+        return is_settled
+
+    async with refreshing(stages, look):
+        await stages.questions.acquire()
+        for _ in range(20):
+            await looks.acquire()
+        assert stages.descriptions == 1, "nothing changed, nobody is asked"
+        is_settled = False
+        for _ in range(3):
+            await stages.questions.acquire()
+        is_settled = True
+
+
+@pytest.mark.usefixtures("quick")
+async def test_while_there_is_no_replica_the_asking_goes_on() -> None:
+    stages = Asked()
+    async with refreshing(stages, lambda: True):
+        stages.models, stages.failure = 0, ModelUnavailable("none is there")
+        for _ in range(3):
+            await stages.questions.acquire()
+
+
+async def test_also_what_changes_without_a_sign_is_learnt_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "REFRESH_PERIOD_S", 0.005)
+    monkeypatch.setattr(discovery, "REFRESH_LONGEST_S", 0.02)
+    stages = Asked()
+    async with refreshing(stages, lambda: True):
+        for _ in range(3):
+            await stages.questions.acquire()
+
+
+async def test_replicas_are_settled_while_those_that_answered_are_those_that_serve_names() -> None:
+    class Reply:
+        def __init__(self, answer: str) -> None:
+            self.answer = answer
+
+        async def get_async(self) -> str:
+            if self.answer == "silent":
+                raise TimeoutError
+            return self.answer
+
+    class Handle:
+        """As much of Serve's as is used: whom it would call, and the call to all of them."""
+
+        deployment_name = "Model-x"
+
+        def __init__(self) -> None:
+            self.named: dict[str, str] = {}
+            router = SimpleNamespace(request_router=SimpleNamespace(curr_replicas=self.named))
+            self._router = SimpleNamespace(_asyncio_router=router)
+
+        def broadcast(self, method: str) -> Any:
+            async def replies() -> list[Reply]:
+                return [Reply(answer) for answer in self.named.values()]
+
+            return SimpleNamespace(_fetch_replica_results_async=replies)
+
+    handle: Any = Handle()
+    replicas = Replicas(handle)
+    assert not replicas.is_settled, "nobody was asked yet"
+    handle.named["1"] = "one"
+    assert await replicas.describe(time.monotonic() + 20) == ["one"]
+    assert replicas.is_settled
+    handle.named["2"] = "silent"
+    assert not replicas.is_settled, "another has come"
+    assert await replicas.describe(time.monotonic() + 20) == ["one"]
+    assert not replicas.is_settled, "it said nothing"
+    handle.named["2"] = "two"
+    await replicas.describe(time.monotonic() + 20)
+    assert replicas.is_settled
+    del handle.named["1"]
+    assert not replicas.is_settled, "one has gone"

@@ -149,27 +149,6 @@ async def test_a_text_that_only_tries_it_out_is_not_counted_as_work() -> None:
     assert [sum(queue.asked_cost for queue in queues) for queues in shared.queues] == [0, 6]
 
 
-async def test_a_backlog_is_what_fills_a_call_that_can_not_leave_yet() -> None:
-    gate = asyncio.Event()
-
-    class Slow(HandStages):
-        async def infer(self, packed: Packed, deadline: float, is_bulk: bool = False) -> Embedded:
-            await gate.wait()
-            return await super().infer(packed, deadline, is_bulk)
-
-    shared = pipeline(Slow(), batch_tokens=64)
-    await shared.discover(FAR)
-    embedding = [asyncio.create_task(shared.embed(["x" * 14] * 4, FAR)) for _ in range(2)]  # a full call each
-    for has_backlog in (False, True):
-        for _ in range(10):
-            await asyncio.sleep(0)
-        assert shared.has_backlog is has_backlog
-        embedding.append(asyncio.create_task(shared.embed(["x" * 14] * 4, FAR)))
-    gate.set()
-    await asyncio.gather(*embedding)
-    assert not shared.has_backlog
-
-
 async def test_all_who_ask_at_once_what_is_served_share_one_question() -> None:
     stages = HandStages()
     shared = pipeline(stages)

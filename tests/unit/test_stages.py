@@ -35,6 +35,7 @@ class Deployment:
     deployment: str
     replicas: list[Any] = field(default_factory=list)
     asleep: bool = False
+    is_settled: bool = True
 
     async def describe(self, deadline: float) -> list[Any]:
         return self.replicas
@@ -164,6 +165,21 @@ async def test_a_model_whose_replicas_are_gone_but_wanted_is_not_asleep(service:
     with pytest.raises(ModelUnavailable):
         await service.pipeline.discover(soon())
     assert not service.pipeline.is_asleep
+
+
+async def test_they_are_settled_while_all_that_are_there_have_answered_and_take_calls(service: Service) -> None:
+    first = await service.start_model()
+    await service.pipeline.discover(soon())
+    assert service.stages.is_settled()
+    service.models.is_settled = False  # another has come
+    assert not service.stages.is_settled()
+    service.models.is_settled = True
+    for peer in first.peers.copy():
+        peer.abort()
+    await turns()  # until this end has noticed
+    assert not service.stages.is_settled()
+    await service.pipeline.discover(soon())
+    assert service.stages.is_settled(), "it is connected to again"
 
 
 async def test_a_long_text_is_tokenized_here_if_its_tokenizer_is_lost_and_no_other_is_there(service: Service) -> None:

@@ -37,7 +37,8 @@ def stopped(root: int) -> Iterator[None]:
     family = tree(root)
     try:
         for process in family:
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         yield
     finally:
         for process in family:

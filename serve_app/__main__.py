@@ -49,8 +49,7 @@ NODE_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     # What Ray does all the time: a sixth less of it. No statistics of its event loops, which only its own log has;
     # a look for new log files every 2 s instead of ten a second; for the dashboard, at its own memory every minute and
-    # at the node's processes every 15 s, as Prometheus by default, instead of every 5 s; and news of tasks every 10 s
-    # instead of every second.
+    # at the node's processes every 15 s, instead of every 5 s; and news of tasks every 10 s instead of every second.
     "RAY_event_stats": "0",
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "2",

@@ -12,8 +12,8 @@ from serve_app.pipeline import DISCOVERY_TIMEOUT_S, Pipeline
 
 logger = logging.getLogger("ray.serve")
 
-# How long the ingress waits until it asks again which replicas there are: at least, for each that answers, and while
-# none has come or gone. An answer costs it 1.5 ms, and it gives a fiftieth of its time.
+# How long the ingress waits until it asks again which replicas there are: at least, for each that answered, at most and
+# while none has come or gone. An answer costs it 1.5 ms, so up to 66 replicas take a fiftieth of its time.
 REFRESH_PERIOD_S = 0.5
 REFRESH_A_REPLICA_S = 0.075
 REFRESH_LONGEST_S = 5.0
@@ -29,15 +29,10 @@ async def refresh(pipeline: Pipeline, is_settled: Callable[[], bool]) -> None:
     """Keep asking who is there: a model may take minutes to load and must not keep the others waiting, and replicas
     come and go. `is_settled`: whether all that are there are known, which is looked at more often than they are asked.
     """
-    known = None
+    known, pause_s = None, REFRESH_PERIOD_S
     while True:
-        replicas = 0
         try:
             found = await pipeline.discover(time.monotonic() + DISCOVERY_TIMEOUT_S)
-        except Exception as error:  # whatever it is, it must not end the asking
-            if not isinstance(error, EmbeddingError):
-                logger.exception(f"asking what {pipeline.settings.id} serves failed")
-        else:
             served, replicas = found.served, found.tokenizers + found.models
             if known != served.fingerprint:
                 known = served.fingerprint
@@ -45,9 +40,13 @@ async def refresh(pipeline: Pipeline, is_settled: Callable[[], bool]) -> None:
                     logger.info(f"{served.id} is served, fingerprint {known}")
                 else:
                     logger.warning(f"{served.id} is served in place of {pipeline.settings.id}, fingerprint {known}")
-        pause_s = min(REFRESH_LONGEST_S, max(REFRESH_PERIOD_S, replicas * REFRESH_A_REPLICA_S))
-        await asyncio.sleep(pause_s)
-        for _ in range(round((REFRESH_LONGEST_S - pause_s) / REFRESH_PERIOD_S)):
-            if not replicas or not is_settled():
-                break
-            await asyncio.sleep(REFRESH_PERIOD_S)
+            pause_s = min(REFRESH_LONGEST_S, max(REFRESH_PERIOD_S, replicas * REFRESH_A_REPLICA_S))
+            await asyncio.sleep(pause_s)
+            for _ in range(round((REFRESH_LONGEST_S - pause_s) / REFRESH_PERIOD_S)):
+                if not is_settled():
+                    break
+                await asyncio.sleep(REFRESH_PERIOD_S)
+        except Exception as error:  # whatever it is, it must not end the asking
+            if not isinstance(error, EmbeddingError):
+                logger.exception(f"asking what {pipeline.settings.id} serves failed")
+            await asyncio.sleep(pause_s)

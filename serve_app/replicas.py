@@ -9,9 +9,10 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-# States in which a deployment without a replica may have meant to have none, and for how long that is believed.
+# States in which a deployment without a replica may have meant to have none; and for how long that, and the contrary,
+# is believed: to say it the controller goes through all that it knows.
 SOUND = ("HEALTHY", "UPSCALING", "DOWNSCALING")
-ASLEEP_S = 10.0
+ASLEEP_S, AWAKE_S = 10.0, 2.0
 
 
 class Replicas:
@@ -20,7 +21,7 @@ class Replicas:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self.deployment = handle.deployment_name
         self._handle = handle
-        self._asleep_until = -math.inf
+        self._is_asleep, self._believed_until = False, -math.inf
         self._answered: frozenset[Any] | None = None  # those that all answered, when they were asked last
 
     @property
@@ -54,11 +55,10 @@ class Replicas:
 
     async def are_asleep(self) -> bool:
         """Whether there are none because none is needed, or the first is only starting; Serve is asked now and then."""
-        if time.monotonic() > self._asleep_until:
+        if time.monotonic() > self._believed_until:
             status = await asyncio.to_thread(serve.status)
             application = status.applications.get(self._handle.app_name)
             ours = application.deployments.get(self.deployment) if application else None
-            if ours is None or "RUNNING" in ours.replica_states or ours.status not in SOUND:
-                return False
-            self._asleep_until = time.monotonic() + ASLEEP_S
-        return True
+            self._is_asleep = ours is not None and "RUNNING" not in ours.replica_states and ours.status in SOUND
+            self._believed_until = time.monotonic() + (ASLEEP_S if self._is_asleep else AWAKE_S)
+        return self._is_asleep

@@ -79,6 +79,7 @@ class RemoteStages:
         """
         tokenizers, models = await asyncio.gather(*(found.describe(deadline) for found in self._found))
         if not models and self._described and await self._found[1].are_asleep():
+            await self._models.update(())
             return replace(self._described, models=0, tokens_per_s=0.0)
         if not models or not (tokenizers or self._described):
             raise ModelUnavailable(

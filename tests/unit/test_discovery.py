@@ -64,7 +64,7 @@ async def refreshing(stages: HandStages, is_settled: Callable[[], bool]) -> Asyn
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock a hundred times as fast, on which the longest pause never ends."""
+    """Pauses of a hundredth, but for the longest, which then never ends."""
     monkeypatch.setattr(discovery, "REFRESH_PERIOD_S", 0.005)
     monkeypatch.setattr(discovery, "REFRESH_A_REPLICA_S", 0.00075)
     monkeypatch.setattr(discovery, "REFRESH_LONGEST_S", 1000.0)
@@ -80,32 +80,64 @@ async def test_replicas_are_asked_again_when_one_has_come_or_gone_and_else_left_
         return is_settled
 
     async with refreshing(stages, look):
-        await stages.questions.acquire()
         for _ in range(20):
             await looks.acquire()
         assert stages.descriptions == 1, "nothing changed, nobody is asked"
         is_settled = False
         for _ in range(3):
             await stages.questions.acquire()
-        is_settled = True
 
 
 @pytest.mark.usefixtures("quick")
 async def test_while_there_is_no_replica_the_asking_goes_on() -> None:
     stages = Asked()
     async with refreshing(stages, lambda: True):
-        stages.models, stages.failure = 0, ModelUnavailable("none is there")
+        stages.failure = ModelUnavailable("none is there")
         for _ in range(3):
             await stages.questions.acquire()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_no_fault_ends_the_asking(caplog: pytest.LogCaptureFixture) -> None:
+    stages = Asked()
+
+    def fail() -> bool:
+        raise AttributeError("what Serve no longer has")
+
+    async with refreshing(stages, fail):
+        for _ in range(3):
+            await stages.questions.acquire()
+    assert "what Serve no longer has" in caplog.text
 
 
 async def test_also_what_changes_without_a_sign_is_learnt_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "REFRESH_PERIOD_S", 0.005)
-    monkeypatch.setattr(discovery, "REFRESH_LONGEST_S", 0.02)
+    monkeypatch.setattr(discovery, "REFRESH_A_REPLICA_S", 0.0)
+    monkeypatch.setattr(discovery, "REFRESH_LONGEST_S", 0.05)
     stages = Asked()
-    async with refreshing(stages, lambda: True):
+    looks: list[int] = []
+
+    def look() -> bool:
+        looks.append(stages.descriptions)
+        return True
+
+    async with refreshing(stages, look):
         for _ in range(3):
             await stages.questions.acquire()
+    assert looks == [1] * 9 + [2] * 9
+
+
+async def test_the_more_replicas_answer_the_longer_is_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "REFRESH_PERIOD_S", 0.001)
+    monkeypatch.setattr(discovery, "REFRESH_A_REPLICA_S", 1.0)
+    monkeypatch.setattr(discovery, "REFRESH_LONGEST_S", 0.1)
+    stages = Asked()
+    stages.models = 200
+    async with refreshing(stages, lambda: pytest.fail("the longest pause leaves nothing to look for")):
+        started = time.monotonic()
+        for _ in range(3):
+            await stages.questions.acquire()
+        assert time.monotonic() - started >= 0.2
 
 
 async def test_replicas_are_settled_while_those_that_answered_are_those_that_serve_names() -> None:

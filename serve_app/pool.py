@@ -43,9 +43,9 @@ class Pool:
         return sum(channel.load for channel in self._channels.values())
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all that were named last take calls."""
-        return all(each in self._channels and self._channels[each].takes_calls for each in self._wanted)
+    def missing(self) -> list[Endpoint]:
+        """Of those that were named last, the ones that take no calls."""
+        return [each for each in self._wanted if each not in self._channels or not self._channels[each].takes_calls]
 
     async def update(self, endpoints: Iterable[Endpoint]) -> None:
         """Connect to those of these that are new, and send no more calls to those that are not among them.
@@ -57,8 +57,7 @@ class Pool:
         self._wanted = set(endpoints)
         for endpoint in self._channels.keys() - self._wanted:
             self._channels.pop(endpoint).retire()
-        new = [each for each in self._wanted if each not in self._channels or not self._channels[each].takes_calls]
-        await asyncio.gather(*map(self._add, new))
+        await asyncio.gather(*map(self._add, self.missing))
 
     async def _add(self, endpoint: Endpoint) -> None:
         if channel := await _connect(endpoint):

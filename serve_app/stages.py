@@ -60,7 +60,8 @@ class RemoteStages:
 
     def is_settled(self) -> bool:
         """Whether all replicas that are there have said what they serve, and those that calls go to take them."""
-        return all(found.is_settled for found in self._found) and self._models.is_whole and self._tokenizers.is_whole
+        pools = (self._tokenizers, self._models)
+        return all(found.is_settled for found in self._found) and not any(pool.missing for pool in pools)
 
     def report(self, pipeline: Pipeline) -> dict[str, float]:
         """For serve_app.autoscale, of each stage: all the work that was ever asked of it, and what is held here."""

@@ -9,7 +9,7 @@ class Rates:
     """What one replica does in a second, as measured.
 
     `python -m loadtest.growth` measured the ingress, which tokenizes short queries itself: 1,282 to 1,408 with few at
-    once, 1,769 to 2,440 with many. An H100 embeds 2.6 million tokens/s of such queries, but the process that feeds
+    once, 1,769 to 2,749 with many. An H100 embeds 2.6 million tokens/s of such queries, but the process that feeds
     it takes 0.0373 ms for one (loadtest/results/gpu.md, 9w-256c).
     """
 
